@@ -1,0 +1,195 @@
+"""The tree of KV segments: which tokens are held, and where a prompt parts from them.
+
+Pure bookkeeping over opaque payloads: no clock, lock, file or MLX. One tree serves one root key.
+
+Cuts alone cannot drive the walk: a reply is stored up to its last computed token, while the next
+prompt has its message end a template's newline later, so the same tokens arrive cut differently.
+The walk therefore follows the stored segments, found by their first token and decided by comparing
+every token, and a segment is split where a newcomer parts from it. Siblings thus never begin with
+the same token, and no prefix is held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Generic, Protocol, Self, TypeVar
+
+import numpy as np
+
+from kvserve.core.types import TokenIds
+
+
+class Payload(Protocol):
+    """What a segment holds besides its tokens; immutable."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+    @property
+    def restorable(self) -> bool:
+        """Whether the state at the segment's end can be rebuilt."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the state at any token inside can be rebuilt, given the segments before."""
+
+    @property
+    def gap(self) -> bool:
+        """Whether tokens that a descendant may need are missing from it."""
+
+    def split(self, at: int, length: int) -> tuple[Self, Self]:
+        """Return the payloads of the tokens `[0, at)` and `[at, length)`."""
+
+
+P = TypeVar("P", bound=Payload)
+
+
+def common_prefix(a: TokenIds, b: TokenIds) -> int:
+    """Return how many leading tokens `a` and `b` share."""
+    n = min(len(a), len(b))
+    if n == 0 or a[0] != b[0]:
+        return 0
+    differs = a[:n] != b[:n]
+    first = int(differs.argmax())
+    return first if differs[first] else n
+
+
+class Node(Generic[P]):
+    """A segment: the tokens `[start, end)` behind its parent's, with their payload.
+
+    `leases` counts lookups in use, `names` are the references (conversations) whose tip it is,
+    `used` is the tick of its last use.
+    """
+
+    __slots__ = ("children", "leases", "names", "parent", "payload", "start", "tokens", "used")
+
+    def __init__(
+        self, parent: Node[P] | None, start: int, tokens: TokenIds, payload: P | None
+    ) -> None:
+        self.parent = parent
+        self.start = start
+        self.tokens = tokens
+        self.payload = payload
+        self.children: dict[int, Node[P]] = {}
+        self.leases = 0
+        self.names: set[Hashable] = set()
+        self.used = 0
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+    @property
+    def is_root(self) -> bool:
+        return self.parent is None
+
+    def path(self) -> list[Node[P]]:
+        """Return the nodes from below the root down to this one."""
+        nodes: list[Node[P]] = []
+        node = self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        nodes.reverse()
+        return nodes
+
+    def token_ids(self) -> TokenIds:
+        """Return all tokens from the root to this segment's end."""
+        parts = [node.tokens for node in self.path()]
+        return np.concatenate(parts) if parts else np.zeros(0, np.uint32)
+
+
+class Tree(Generic[P]):
+    """The segments below one root."""
+
+    def __init__(self) -> None:
+        self.root: Node[P] = Node(None, 0, np.zeros(0, np.uint32), None)
+
+    def walk(self, token_ids: TokenIds, origin: Node[P] | None = None) -> tuple[Node[P], int]:
+        """Return the deepest node that shares a token with the prompt, and how far they agree.
+
+        The second value is a position in the prompt; it lies inside the node where the prompt
+        parts from it or ends. `origin` is a node already known to match up to its start.
+        """
+        node = origin if origin is not None else self.root
+        matched = node.start
+        if not node.is_root:
+            matched += common_prefix(node.tokens, token_ids[node.start :])
+            if matched < node.end:
+                return node, matched
+        while matched < len(token_ids):
+            child = node.children.get(int(token_ids[matched]))
+            if child is None:
+                break
+            node = child
+            matched += common_prefix(child.tokens, token_ids[matched:])
+            if matched < child.end:
+                break
+        return node, matched
+
+    def split(self, node: Node[P], position: int) -> Node[P]:
+        """Cut `node` at `position`, strictly inside it; return the new upper node.
+
+        The lower part stays the same object, so leases, names and children on it remain right.
+        """
+        assert node.parent is not None and node.payload is not None
+        assert node.start < position < node.end
+        at = position - node.start
+        first, second = node.payload.split(at, len(node.tokens))
+        upper: Node[P] = Node(node.parent, node.start, node.tokens[:at].copy(), first)
+        upper.used = node.used
+        node.parent.children[int(upper.tokens[0])] = upper
+        node.parent, node.start, node.tokens = upper, position, node.tokens[at:].copy()
+        node.payload = second
+        upper.children[int(node.tokens[0])] = node
+        return upper
+
+    def add(self, parent: Node[P], tokens: TokenIds, payload: P) -> Node[P]:
+        """Hang a new segment below `parent`, none of whose children begins with its token."""
+        assert len(tokens) and int(tokens[0]) not in parent.children
+        node: Node[P] = Node(parent, parent.end, tokens.copy(), payload)
+        parent.children[int(tokens[0])] = node
+        return node
+
+    def remove(self, node: Node[P]) -> None:
+        """Take away a leaf that nobody holds."""
+        assert node.parent is not None and not node.children and not node.leases
+        del node.parent.children[int(node.tokens[0])]
+
+    def __iter__(self) -> Iterator[Node[P]]:
+        """Visit every segment, parents before children."""
+        stack = list(self.root.children.values())
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+
+def restorable_position(node: Node[P], matched: int, limit: int, reach: int) -> int:
+    """Return the deepest position, at most `min(matched, limit)`, whose state can be rebuilt.
+
+    `reach` is how many tokens back a state may look (the widest sliding window, 0 if none): a
+    position inside a segment needs them unbroken. Zero stands for the empty prefix.
+    """
+    here: Node[P] | None = node
+    while here is not None and here.parent is not None:
+        payload = here.payload
+        assert payload is not None
+        stop = min(matched, limit, here.end)
+        if stop == here.end and payload.restorable:
+            return stop
+        if stop > here.start and payload.whole and not gap_within(here.parent, stop - reach):
+            return stop
+        here = here.parent
+    return 0
+
+
+def gap_within(node: Node[P] | None, since: int) -> bool:
+    """Whether `node` or an ancestor lacks tokens at or behind the position `since`."""
+    while node is not None and node.parent is not None and node.end > since:
+        assert node.payload is not None
+        if node.payload.gap:
+            return True
+        node = node.parent
+    return False
