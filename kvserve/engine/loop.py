@@ -1,0 +1,439 @@
+"""The engine thread: admits, prefills, decodes, publishes, one step after the other.
+
+Everything MLX lives and dies here. Errors stop at three rings, each with an answer for whoever
+waits: the request (its own prefill or sampling failed), the batch (a joint step failed: every row
+is rebuilt from its tokens and stepped alone, so that only the culprit fails), and the loop
+(anything else: all are told, `failure` is set, the process is to exit).
+
+Decode runs one step ahead: the next step is launched before the last one's tokens are read, so
+that detokenising and delivery overlap with computing. A row that turns out to have ended has then
+been fed its last token too, which is what the next turn's prompt contains anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from kvserve.cache.codec import arrays_of
+from kvserve.cache.plan import chunk_end
+from kvserve.core.errors import KvserveError, NotReady, RequestFailed, TooLarge
+from kvserve.core.types import Finished, FinishReason, Started, TextPiece
+from kvserve.engine.model import LoadedModel
+from kvserve.engine.run import Run
+from kvserve.engine.sampling import Sampler
+from kvserve.engine.scheduler import Chunk, ChunkSizer, Decode, Prefill, next_step
+from kvserve.engine.text import TextStream
+from kvserve.engine.working import WorkingCaches
+
+log = logging.getLogger(__name__)
+
+FULL_LOGITS_TOKENS = 64
+"""A last chunk up to this long goes through in one pass, logits for all its tokens included; a
+longer one leaves its last token for a pass of its own, since a wide output layer is dear."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Ask the loop to give up a run; what it has computed is kept."""
+
+    run: Run
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Ask the loop to call a function on its thread."""
+
+    function: Callable[[], None]
+
+
+class Stop:
+    """Ask the loop to end."""
+
+
+Command = Run | Cancel | Call | Stop
+
+
+@dataclass(slots=True)
+class Counters:
+    """Running totals since start; written by the engine thread, read by any."""
+
+    requests: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    cached_tokens: int = 0
+    prefilled_tokens: int = 0
+    decoded_tokens: int = 0
+    decode_steps: int = 0
+    preempted: int = 0
+    recovered_batches: int = 0
+    longest_chunk_s: float = 0.0
+
+
+class EngineLoop:
+    """The body of the engine thread.
+
+    Args:
+        model: loaded on this thread.
+        working: the working caches.
+        inbox: commands from other threads.
+        flush: called after each step, to hand emitted events over in one go.
+        max_batch: how many runs may be prefilled or decoded at once.
+        sizer: chooses chunk sizes.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        working: WorkingCaches,
+        inbox: queue.SimpleQueue[Command],
+        *,
+        flush: Callable[[], None],
+        max_batch: int,
+        sizer: ChunkSizer,
+        budget_nbytes: int,
+    ) -> None:
+        self.counters = Counters()
+        self._model = model
+        self._working = working
+        self._inbox = inbox
+        self._flush = flush
+        self._max_batch = max_batch
+        self._sizer = sizer
+        self._budget_nbytes = budget_nbytes
+        self._waiting: deque[Run] = deque()
+        self._prefilling: list[Run] = []
+        self._decoding: list[Run] = []
+        self._decoded_last = True
+        self._stopping = False
+
+    @property
+    def num_waiting(self) -> int:
+        """Runs not yet admitted; may be read by any thread."""
+        return len(self._waiting) + self._inbox.qsize()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._prefilling) + len(self._decoding)
+
+    def run(self) -> None:
+        """Work until told to stop. An exception from here is the outermost ring."""
+        try:
+            while not self._stopping:
+                self._take_commands()
+                self._admit()
+                self._step()
+                self._flush()
+        finally:
+            self._dismiss_all()
+            self._flush()
+
+    # -- commands -----------------------------------------------------------------------------
+
+    def _take_commands(self) -> None:
+        idle = not (self._waiting or self._prefilling or self._decoding)
+        if idle and self._inbox.empty():
+            self._working.housekeeping()
+        while idle or not self._inbox.empty():
+            command = self._inbox.get()
+            idle = False
+            match command:
+                case Run():
+                    self.counters.requests += 1
+                    self._waiting.append(command)
+                case Cancel(run):
+                    self._cancel(run)
+                case Call(function):
+                    function()
+                case Stop():
+                    self._stopping = True
+
+    def _cancel(self, run: Run) -> None:
+        if run in self._waiting:
+            self._waiting.remove(run)
+        elif run in self._prefilling or run in self._decoding:
+            self._keep(run)
+        else:
+            return
+        self.counters.cancelled += 1
+        self._leave(run)
+
+    def _keep(self, run: Run) -> None:
+        """Publish what an unfinished run has, so that asking again goes on from there."""
+        try:
+            self._model.batcher.sync()
+            self._working.publish(run, tip=True)
+        except Exception:  # request ring: keeping is a favour
+            log.exception("the state of a cancelled request could not be kept")
+
+    def _leave(self, run: Run) -> None:
+        """Take a run out of wherever it is and free what it holds."""
+        self._prefilling = [other for other in self._prefilling if other is not run]
+        self._decoding = [other for other in self._decoding if other is not run]
+        self._working.end(run)
+
+    def _fail(self, run: Run, error: Exception) -> None:
+        """The request ring: answer one run with an error."""
+        if not isinstance(error, KvserveError):
+            log.error("request %s failed", run.request.request_id, exc_info=error)
+            error = RequestFailed("The model failed on this request; others were not affected.")
+        self.counters.failed += 1
+        self._leave(run)
+        run.emit(error)
+
+    def _dismiss_all(self) -> None:
+        runs = [*self._waiting, *self._prefilling, *self._decoding]
+        while not self._inbox.empty():
+            command = self._inbox.get()
+            if isinstance(command, Run):
+                runs.append(command)
+        for run in runs:
+            run.emit(NotReady("The server is stopping."))
+
+    # -- admission ----------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        while self._waiting and self.num_running < self._max_batch:
+            run = self._waiting[0]
+            if self._working.nbytes_for(run) > self._budget_nbytes:
+                self._waiting.popleft()
+                self._fail(run, self._too_large(run))
+            elif self._working.reserve(run):
+                self._waiting.popleft()
+                self._prefilling.append(run)
+            elif self.num_running:
+                return  # memory comes back when a running request ends
+            elif not self._release_leases():
+                self._waiting.popleft()
+                self._fail(run, self._too_large(run))
+
+    def _release_leases(self) -> bool:
+        """Let go of what waiting runs hold, so that it can be evicted; whether there was any."""
+        leased = [run for run in self._waiting if run.lease is not None]
+        for run in leased:
+            self._working.end(run)
+        return bool(leased)
+
+    def _too_large(self, run: Run) -> KvserveError:
+        return TooLarge(
+            f"This request needs {self._working.nbytes_for(run)} bytes of KV state for its "
+            f"{run.length} tokens; the server may use {self._budget_nbytes} (--ram-budget).",
+            param="messages",
+            code="kv_budget_exceeded",
+        )
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        prefills = [Prefill(run.length - run.num_fed, run.passed_over) for run in self._prefilling]
+        step = next_step(
+            len(self._decoding),
+            prefills,
+            decoded_last=self._decoded_last,
+            chunk_size=self._sizer.size(),
+        )
+        match step:
+            case Chunk(index, size):
+                self._decoded_last = False
+                self._prefill(self._prefilling[index], size)
+            case Decode():
+                self._decoded_last = True
+                self._decode()
+
+    def _prefill(self, run: Run, size: int) -> None:
+        for other in self._prefilling:
+            other.passed_over += other is not run
+        run.passed_over = 0
+        try:
+            self._prefill_chunk(run, size)
+        except Exception as error:  # request ring
+            self._fail(run, error)
+
+    def _prefill_chunk(self, run: Run, size: int) -> None:
+        if run.cache is None:
+            self._start(run)
+        assert run.plan is not None and run.cache is not None
+        token_ids = run.token_ids
+        begin, end = run.num_fed, chunk_end(run.num_fed, run.plan, size)
+        if end == run.plan.length and end - begin > FULL_LOGITS_TOKENS:
+            end -= 1
+        started = time.monotonic()
+        logits = self._model.forward(mx.array(token_ids[begin:end])[None], cache=run.cache)
+        if begin == 0:
+            self._working.make_room_at_once(run)
+        mx.eval(arrays_of(run.cache))
+        elapsed = time.monotonic() - started
+        self._sizer.record(end - begin, elapsed)
+        self.counters.longest_chunk_s = max(self.counters.longest_chunk_s, elapsed)
+        self.counters.prefilled_tokens += end - begin
+        run.num_fed = end
+        self._working.publish(run, tip=False)
+        if end == run.plan.length:
+            self._join(run, logits[0, -1])
+
+    def _start(self, run: Run) -> None:
+        self._working.begin(run)
+        if run.started:
+            return  # taken up again after a failed step or for lack of memory
+        run.started = True
+        prompt, cached = len(run.request.prompt), run.num_fed
+        self.counters.cached_tokens += cached
+        run.emit(Started(num_cached=cached, num_prefill=prompt - cached))
+
+    def _join(self, run: Run, logits: mx.array) -> None:
+        """Move a prefilled run to the decoding rows."""
+        params = run.request.sampling
+        if params.seed is None:
+            params = replace(params, seed=run.seed)
+        prompt = run.request.prompt.token_ids
+        run.sampler = Sampler(params, logits.shape[-1], prompt, run.reply)
+        if run.text is None:
+            backend = self._model.tokenizer.backend_tokenizer
+            run.text = TextStream(backend, run.request.stop)
+        run.pending = run.sampler.sample(logits)
+        _launch(run.pending)
+        self._prefilling = [other for other in self._prefilling if other is not run]
+        self._decoding.append(run)
+
+    def _decode(self) -> None:
+        self._ensure_room()
+        solo = [run for run in self._decoding if run.solo]
+        joint = [run for run in self._decoding if not run.solo]
+        for rows in ([joint] if joint else []) + [[run] for run in solo]:
+            try:
+                self._decode_rows(rows)
+            except Exception as error:  # batch ring
+                self._recover(rows, error)
+
+    def _decode_rows(self, rows: list[Run]) -> None:
+        self.counters.decode_steps += 1
+        going_on = [run for run in rows if run.remaining > 1]
+        pending = mx.concatenate([_pending(run) for run in rows])
+        following: dict[int, mx.array] = {}
+        if going_on:
+            tokens = mx.concatenate([_pending(run) for run in going_on])
+            logits = self._model.batcher.step(tokens, [run.cache or [] for run in going_on])
+            following = self._sample(going_on, logits)
+        values: list[int] = pending.tolist()  # type: ignore[assignment]
+        for run in going_on:
+            run.num_fed += 1
+        self.counters.decoded_tokens += len(rows)
+        for run, value in zip(rows, values, strict=True):
+            if run not in self._decoding:
+                continue  # its sampling failed
+            run.pending = following.get(id(run))
+            try:
+                self._take(run, value)
+            except Exception as error:  # request ring
+                self._fail(run, error)
+
+    def _sample(self, rows: list[Run], logits: mx.array) -> dict[int, mx.array]:
+        """Launch the choice of every row's next token; a row whose sampler fails drops out."""
+        chosen: dict[int, mx.array] = {}
+        if all(run.sampler is not None and run.sampler.plain_greedy for run in rows):
+            tokens = mx.argmax(logits, axis=-1).astype(mx.uint32)
+            chosen = {id(run): tokens[i : i + 1] for i, run in enumerate(rows)}
+            _launch(tokens)
+            return chosen
+        for i, run in enumerate(rows):
+            assert run.sampler is not None
+            try:
+                chosen[id(run)] = run.sampler.sample(logits[i])
+            except Exception as error:  # request ring
+                self._fail(run, error)
+        _launch(*chosen.values())
+        return chosen
+
+    def _take(self, run: Run, token: int) -> None:
+        """Account for a token that has been read: text out, or the end."""
+        assert run.text is not None
+        run.reply.append(token)
+        if not run.first_token_at:
+            run.first_token_at = time.monotonic()
+        if token in self._model.eos_token_ids:
+            self._finish(run, FinishReason.STOP)
+            return
+        piece = run.text.feed(token)
+        if piece:
+            run.emit(TextPiece(piece, len(run.reply)))
+        if run.text.stopped:
+            self._finish(run, FinishReason.STOP)
+        elif run.remaining <= 0:
+            self._finish(run, FinishReason.LENGTH)
+        elif self._working.at_cut(run):
+            self._model.batcher.sync()
+            self._working.publish(run, tip=True)
+
+    def _finish(self, run: Run, reason: FinishReason) -> None:
+        assert run.text is not None
+        rest = run.text.finish()
+        if run.text.stopped:
+            reason = FinishReason.STOP
+        if rest:
+            run.emit(TextPiece(rest, len(run.reply)))
+        self._keep(run)
+        self._leave(run)
+        self.counters.finished += 1
+        ended = time.monotonic()
+        run.emit(
+            Finished(
+                reason=reason,
+                token_ids=np.array(run.reply, np.uint32),
+                num_stored=run.num_held,
+                ttft_s=run.first_token_at - run.submitted_at,
+                decode_s=ended - run.first_token_at,
+            )
+        )
+
+    # -- when things go wrong -----------------------------------------------------------------
+
+    def _recover(self, rows: list[Run], error: Exception) -> None:
+        """The batch ring: rebuild every row from its tokens; a row that was alone fails."""
+        self._model.batcher.forget()
+        rows = [run for run in rows if run in self._decoding]
+        if len(rows) == 1 and rows[0].solo:
+            self._fail(rows[0], error)
+            return
+        log.error("a decode step of %d rows failed; stepping them alone", len(rows), exc_info=error)
+        self.counters.recovered_batches += 1
+        for run in rows:
+            run.solo = True
+            self._requeue(run)
+
+    def _requeue(self, run: Run) -> None:
+        """Put a decoding run back in line; it is rebuilt from its tokens when its turn comes."""
+        self._leave(run)
+        run.num_fed = 0
+        self._waiting.appendleft(run)
+
+    def _ensure_room(self) -> None:
+        """Make sure that every row may take one more token; the youngest yield if not."""
+        for run in list(self._decoding):
+            while run in self._decoding and not self._working.ensure_room(run):
+                youngest = max(self._decoding, key=lambda other: other.submitted_at)
+                if len(self._decoding) == 1 and not self._prefilling:
+                    self._fail(run, self._too_large(run))
+                    return
+                # Its token in flight is dropped, and sampled again with the same outcome.
+                self.counters.preempted += 1
+                self._keep(youngest)
+                self._requeue(youngest)
+
+
+def _launch(*arrays: mx.array) -> None:
+    """Begin to compute without waiting."""
+    evaluate: Callable[..., None] = mx.async_eval
+    evaluate(*arrays)
+
+
+def _pending(run: Run) -> mx.array:
+    assert run.pending is not None
+    return run.pending

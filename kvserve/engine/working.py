@@ -1,0 +1,173 @@
+"""Working caches: brought up from stored segments, published back as they grow.
+
+The only place where runs and the segment cache meet. Owns the byte reservation of every run. The
+cache may only make things faster: a state that cannot be restored is a miss, one that does not fit
+is not stored. Engine thread only.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import mlx.core as mx
+
+from kvserve.cache.codec import SegmentPayload, capture, reserve_room, restore
+from kvserve.cache.plan import plan, segment_ends
+from kvserve.cache.policy import states_to_keep
+from kvserve.cache.segments import SegmentCache
+from kvserve.engine.model import LoadedModel
+from kvserve.engine.run import Run
+
+log = logging.getLogger(__name__)
+
+HEADROOM_TOKENS = 256
+"""Reply tokens that a reservation covers ahead, one growth step of mlx-lm's buffers."""
+
+
+class WorkingCaches:
+    """Starts, grows, publishes and ends the working caches of runs."""
+
+    def __init__(
+        self, model: LoadedModel, cache: SegmentCache[SegmentPayload], segment_tokens: int
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._segment_tokens = segment_tokens
+        self.num_failed_restores = 0
+
+    # -- memory -------------------------------------------------------------------------------
+
+    def nbytes_for(self, run: Run) -> int:
+        """Return what a run needs to start: all its tokens and some reply."""
+        return self._model.footprint.working(self._wanted(run))
+
+    def reserve(self, run: Run) -> bool:
+        """Set the memory of a run aside; False when it cannot be had now."""
+        needed = self.nbytes_for(run)
+        if not self._cache.reserve(needed):
+            return False
+        run.reserved_nbytes, run.capacity = needed, self._wanted(run)
+        return True
+
+    def ensure_room(self, run: Run) -> bool:
+        """Extend a run's reservation when its next token would outgrow it."""
+        if run.num_fed < run.capacity:
+            return True
+        wanted = self._wanted(run)
+        more = self._model.footprint.working(wanted) - run.reserved_nbytes
+        if more > 0 and not self._cache.reserve(more):
+            return False
+        run.reserved_nbytes += max(0, more)
+        run.capacity = wanted
+        return True
+
+    def _wanted(self, run: Run) -> int:
+        return run.length + min(run.remaining, HEADROOM_TOKENS)
+
+    # -- a run's life -------------------------------------------------------------------------
+
+    def begin(self, run: Run) -> None:
+        """Give a run its working cache, restored as far as segments are held; sets its plan."""
+        token_ids = run.token_ids
+        run.cache, reuse = self._model.fresh_cache(), 0
+        if self._uses_cache(run):
+            run.cache, reuse = self._restored(run)
+        run.num_fed = run.num_published = run.num_held = reuse
+        run.plan = plan(
+            len(token_ids), run.request.prompt.cuts, reuse, self._model.traits, self._segment_tokens
+        )
+
+    def _restored(self, run: Run) -> tuple[list[object], int]:
+        token_ids, namespace = run.token_ids, run.request.namespace
+        limit = len(token_ids) - 1
+        lease, run.lease = run.lease, None
+        if lease is None or lease.released:
+            lease = self._cache.lookup(namespace, token_ids, limit)
+        else:
+            lease = self._cache.extend(lease, token_ids, limit)
+        while lease.num_tokens:
+            fresh = self._model.fresh_cache()
+            try:
+                segments = self._cache.payloads(lease)
+                restore(fresh, segments, lease.num_tokens, run.capacity)
+            except LookupError as error:
+                self.num_failed_restores += 1
+                log.warning("a held state could not be restored, going further back: %s", error)
+                limit = lease.num_tokens - 1
+                self._cache.release(lease)
+                lease = self._cache.lookup(namespace, token_ids, limit)
+                continue
+            self._cache.release(lease)
+            return fresh, lease.num_tokens
+        self._cache.release(lease)
+        return self._model.fresh_cache(), 0
+
+    def make_room_at_once(self, run: Run) -> None:
+        """After the first chunk: grow the buffers to the run's capacity in one step."""
+        assert run.cache is not None
+        reserve_room(run.cache, run.capacity)
+
+    def publish(self, run: Run, *, tip: bool) -> None:
+        """Store what has been completed since the last time; with `tip` up to the last token.
+
+        The working cache must stand at `run.num_fed` tokens.
+        """
+        if run.cache is None or run.plan is None or not self._uses_cache(run):
+            return
+        position = run.num_fed
+        token_ids = run.token_ids[:position]
+        # The suffix that opens the reply, and the reply, are cut like a message of their own.
+        ends = [end for end in segment_ends(run.message_ends, position, self._segment_tokens)
+                if end < position or end in run.message_ends]  # fmt: skip
+        if tip:
+            ends.append(position)
+        traits = self._model.traits
+        for end in sorted({end for end in ends if end > run.num_published}):
+            stops = tip or end in run.plan.states or end > run.plan.length
+            run.num_held = self._cache.publish(
+                run.request.namespace,
+                token_ids[:end],
+                with_state=traits.stateful and end == position and stops,
+                capture=partial(_capture, run.cache, position),
+            )
+            if run.num_held < end:
+                break
+            run.num_published = end
+        if tip and traits.stateful:
+            keep = states_to_keep([*run.message_ends, position], position)
+            self._cache.thin_states(
+                run.request.namespace, token_ids, keep, SegmentPayload.without_state
+            )
+
+    def at_cut(self, run: Run) -> bool:
+        """Whether a decoding run stands at a cut that must be taken in passing."""
+        if not self._model.traits.fleeting:
+            return False
+        ends = run.message_ends
+        base = ends[-1] if ends else 0
+        return (run.num_fed - base) % self._segment_tokens == 0
+
+    def end(self, run: Run) -> None:
+        """Free a run's working cache, its lease and its reservation; idempotent."""
+        if run.lease is not None:
+            self._cache.release(run.lease)
+            run.lease = None
+        if run.reserved_nbytes:
+            self._cache.unreserve(run.reserved_nbytes)
+            run.reserved_nbytes = run.capacity = 0
+        run.cache = run.pending = None
+
+    def housekeeping(self) -> None:
+        """Free what other threads dropped, and MLX's spare buffers."""
+        self._cache.bury()
+        mx.clear_cache()
+
+    def _uses_cache(self, run: Run) -> bool:
+        return self._model.info.caching and run.request.use_cache
+
+
+def _capture(
+    cache: list[object], position: int, start: int, end: int, with_state: bool, contained: bool
+) -> SegmentPayload:
+    return capture(cache, position, start, end, with_state=with_state, contained=contained)
