@@ -79,10 +79,16 @@ class Generation:
         return event
 
     async def aclose(self) -> None:
-        """Give the request up unless it has ended; idempotent. What was prefilled is kept."""
-        if not self._done:
-            self._done = True
-            self._cancel()
+        """Give the request up unless it has ended; idempotent.
+
+        Returns once the engine has let go of it: what was prefilled is then in the cache.
+        """
+        if self._done:
+            return
+        self._done = True
+        self._cancel()
+        while not isinstance(await self._events.get(), Finished | Exception):
+            pass
 
 
 class Engine:

@@ -54,6 +54,10 @@ class Call:
     function: Callable[[], None]
 
 
+class Cancelled(Exception):
+    """The last event of a run that was given up; nobody waits for more."""
+
+
 class Stop:
     """Ask the loop to end."""
 
@@ -165,6 +169,7 @@ class EngineLoop:
             return
         self.counters.cancelled += 1
         self._leave(run)
+        run.emit(Cancelled())
 
     def _keep(self, run: Run) -> None:
         """Publish what an unfinished run has, so that asking again goes on from there."""
@@ -238,7 +243,7 @@ class EngineLoop:
             len(self._decoding),
             prefills,
             decoded_last=self._decoded_last,
-            chunk_size=self._sizer.size(),
+            chunk_size=self._sizer.size(streams=bool(self._decoding)),
         )
         match step:
             case Chunk(index, size):

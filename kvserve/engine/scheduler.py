@@ -14,6 +14,9 @@ MIN_CHUNK = 16
 CHUNK_GRANULE = 16
 """Chunks are multiples of this, so that kernels see few shapes."""
 
+QUIET_SLICE_S = 0.5
+"""How long a chunk may take when nothing decodes: within a second a client that left is noticed."""
+
 MAX_WAIT_CHUNKS = 8
 """A prefill that was passed over this often goes next, however long it is."""
 
@@ -95,11 +98,12 @@ class ChunkSizer:
         token_s = seconds / num_tokens
         self._token_s = token_s if self._token_s is None else (self._token_s + token_s) / 2
 
-    def size(self) -> int:
-        """Return the chunk size for the next chunk, in tokens."""
+    def size(self, *, streams: bool = True) -> int:
+        """Return the size of the next chunk in tokens; longer when no stream waits for it."""
         if self._token_s is None:
             return 4 * MIN_CHUNK
-        fitting = int(self._slice_s / self._token_s) // CHUNK_GRANULE * CHUNK_GRANULE
+        slice_s = self._slice_s if streams else max(self._slice_s, QUIET_SLICE_S)
+        fitting = int(slice_s / self._token_s) // CHUNK_GRANULE * CHUNK_GRANULE
         return max(MIN_CHUNK, min(fitting, self._max_chunk))
 
     @property

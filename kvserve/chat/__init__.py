@@ -1,0 +1,1 @@
+"""Messages to tokens and back: templates, cuts, conversations, one turn. Free of MLX and HTTP."""
