@@ -132,13 +132,17 @@ class EngineLoop:
         """Work until told to stop. An exception from here is the outermost ring."""
         try:
             while not self._stopping:
-                self._take_commands()
-                self._admit()
-                self._step()
-                self._flush()
+                self.advance()
         finally:
             self._dismiss_all()
             self._flush()
+
+    def advance(self) -> None:
+        """Take commands (waiting for one when idle), then do one step."""
+        self._take_commands()
+        self._admit()
+        self._step()
+        self._flush()
 
     # -- commands -----------------------------------------------------------------------------
 

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.core as mx
-import psutil
+
+from kvserve.core.memory import machine_memory
 
 DEFAULT_SHARE = 0.5
 """Of the memory that the weights leave. The rest is for activations, MLX's spare buffers, the
 tokenizer, the operating system and the user's other programs."""
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+MIN_BUDGET_NBYTES = 1 << 26
 
 
 def usable_nbytes() -> int:
-    """Return the memory that this process may count on: the device's, or the container's limit."""
+    """Return the memory of the device that computes."""
     if mx.default_device() != mx.cpu:
         info = mx.device_info()
-        for key in ("max_recommended_working_set_size", "memory_size"):
+        for key in ("max_recommended_working_set_size", "memory_size", "total_memory"):
             if isinstance(size := info.get(key), int):
                 return size
-    total = int(psutil.virtual_memory().total)
-    try:
-        return min(total, int(_CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):
-        return total
+    return machine_memory()
 
 
 def default_budget(weights_nbytes: int) -> int:
     """Return the byte budget of KV states beside a model of `weights_nbytes`."""
-    return max(1 << 26, int((usable_nbytes() - weights_nbytes) * DEFAULT_SHARE))
+    return max(MIN_BUDGET_NBYTES, int((usable_nbytes() - weights_nbytes) * DEFAULT_SHARE))

@@ -29,6 +29,8 @@ from kvserve.engine.fingerprint import fingerprint
 from kvserve.engine.selfcheck import caching_fault
 
 DEFAULT_CONTEXT = 4096
+SPARE_BUFFERS_NBYTES = 1 << 30
+"""MLX keeps freed buffers for reuse, without bound unless told; this much is enough for a chunk."""
 _PATTERNS = ("*.json", "model*.safetensors", "*.jinja", "*.txt", "*.jsonl", "*.model", "tokenizer*")
 
 
@@ -98,6 +100,7 @@ def load(
     Raises ModelError.
     """
     network, config, wrapped = _read(folder, adapter, trust_remote_code)
+    mx.set_cache_limit(SPARE_BUFFERS_NBYTES)
     if mx.default_device() == mx.cpu:
         network.set_dtype(mx.float32)
         mx.eval(network.parameters())

@@ -1,0 +1,5 @@
+"""`python -m kvserve` is `kvserve`."""
+
+from kvserve.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""The command line: parse, print, exit. Every decision is made further down."""
