@@ -1,0 +1,1 @@
+"""HTTP only: routes, wire shapes, server-sent events, one table from exception to status."""

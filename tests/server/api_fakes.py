@@ -1,0 +1,251 @@
+"""A chat part and an engine made of plain values, so that HTTP is tested without a model.
+
+`FakeTurns` answers every request with the pieces it was given, holds where it is told to, and
+keeps what it was asked and which turns were closed. Not a test module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import httpx
+import numpy as np
+from fastapi import FastAPI
+
+from kvserve.api.app import create_app
+from kvserve.chat.directory import (
+    ConversationDetail,
+    ConversationInfo,
+    ConversationPage,
+    MessageCut,
+)
+from kvserve.chat.turn import KvSource, TurnRequest
+from kvserve.core.errors import NotFound
+from kvserve.core.types import Finished, FinishReason, TextPiece
+
+MODEL = "someone/tiny-chat"
+CHAT = "/v1/chat/completions"
+HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+@dataclass
+class FakeTurn:
+    turns: FakeTurns
+    request: TurnRequest
+    conversation_id: str | None
+    kv: KvSource = KvSource.HIT
+    num_cached: int = 30
+    num_prefill: int = 12
+    miss_reason: str | None = None
+    closed: bool = False
+
+    async def __aiter__(self) -> AsyncIterator[TextPiece | Finished]:
+        await self.turns.let_prefill.wait()
+        for count, text in enumerate(self.turns.pieces, 1):
+            if self.turns.error_after == count - 1:
+                raise self.turns.error
+            yield TextPiece(text, count)
+            await self.turns.let_decode.wait()
+        if self.turns.error_after == len(self.turns.pieces):
+            raise self.turns.error
+        # One token more than pieces: the end of the turn, which has no text.
+        token_ids = np.arange(len(self.turns.pieces) + 1, dtype=np.uint32)
+        yield Finished(self.turns.reason, token_ids, 50, ttft_s=0.1, decode_s=0.5)
+
+    async def aclose(self) -> None:
+        self.closed = True
+        self.turns.first_closed.set()
+
+
+def _info(conversation_id: str) -> ConversationInfo:
+    return ConversationInfo(
+        id=conversation_id,
+        title=None,
+        model=MODEL,
+        tokens=7,
+        messages=1,
+        bytes=700,
+        shared_bytes=0,
+        tier="ram",
+        saved=False,
+        pinned=False,
+        branches=1,
+        created_at=datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC),
+        used_at=datetime(2026, 1, 2, 3, 4, 6, tzinfo=UTC),
+        expires_at=None,
+    )
+
+
+def _set_event() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event
+
+
+@dataclass
+class FakeTurns:
+    pieces: Sequence[str] = ("Hel", "lo ", "wörld")
+    reason: FinishReason = FinishReason.STOP
+    start_error: Exception | None = None
+    error: Exception = field(default_factory=RuntimeError)
+    error_after: int | None = None
+    miss_reason: str | None = None
+    kv: KvSource = KvSource.HIT
+    conversation_id: str | None = "conv_made"
+    let_start: asyncio.Event = field(default_factory=_set_event)
+    let_prefill: asyncio.Event = field(default_factory=_set_event)
+    let_decode: asyncio.Event = field(default_factory=_set_event)
+    asked: list[TurnRequest] = field(default_factory=list)
+    started: list[FakeTurn] = field(default_factory=list)
+    num_cancelled_starts: int = 0
+    # For tests whose server runs in another thread
+    first_started: threading.Event = field(default_factory=threading.Event)
+    first_closed: threading.Event = field(default_factory=threading.Event)
+    held: dict[str, list[str]] = field(default_factory=dict)
+
+    async def start(self, request: TurnRequest) -> FakeTurn:
+        self.asked.append(request)
+        if self.start_error is not None:
+            raise self.start_error
+        try:
+            await self.let_start.wait()
+        except asyncio.CancelledError:
+            self.num_cancelled_starts += 1
+            raise
+        conversation_id = request.conversation_id or self.conversation_id
+        turn = FakeTurn(self, request, conversation_id, kv=self.kv, miss_reason=self.miss_reason)
+        self.started.append(turn)
+        self.first_started.set()
+        return turn
+
+    @property
+    def all_closed(self) -> bool:
+        return all(turn.closed for turn in self.started)
+
+    def conversations(self, tenant: str, *, limit: int, after: str | None) -> ConversationPage:
+        ids = [i for i in self.held.get(tenant, []) if after is None or i > after]
+        return ConversationPage(
+            items=tuple(_info(i) for i in ids[:limit]),
+            has_more=len(ids) > limit,
+            totals={"conversations": len(ids)},
+            guards={"max_conversations": 9},
+        )
+
+    def conversation(self, tenant: str, conversation_id: str) -> ConversationDetail:
+        if conversation_id not in self.held.get(tenant, []):
+            raise NotFound(f"There is no conversation '{conversation_id}'.", param="id")
+        cut = MessageCut(message=0, role="user", start=0, end=7, tier="ram", bytes=700)
+        return ConversationDetail(info=_info(conversation_id), cuts=(cut,))
+
+    def delete_conversation(self, tenant: str, conversation_id: str) -> None:
+        self.conversation(tenant, conversation_id)
+        self.held[tenant].remove(conversation_id)
+
+
+@dataclass
+class FakeInfo:
+    name: str = MODEL
+    context_length: int = 2048
+    fingerprint: str = "0123456789abcdef"
+    created: int = 1_700_000_000
+    notes: tuple[str, ...] = ()
+    caching: bool = True
+
+
+@dataclass
+class FakeEngine:
+    info: FakeInfo = field(default_factory=FakeInfo)
+    ready: bool = True
+    failure: str | None = None
+
+    def stats(self) -> dict[str, Any]:
+        return {"num_running": 1, "tokens": {"prefilled": np.int64(7)}}
+
+
+def make_app(
+    turns: FakeTurns | None = None, engine: FakeEngine | None = None, **settings: Any
+) -> FastAPI:
+    return create_app(
+        turns=cast(Any, turns or FakeTurns()), engine=cast(Any, engine or FakeEngine()), **settings
+    )
+
+
+def client_of(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """Return the error of an answer whose body must be OpenAI's error body and nothing else."""
+    body = response.json()
+    assert set(body) == {"error"}, body
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    return cast(dict[str, Any], body["error"])
+
+
+def events_of(text: str) -> list[Any]:
+    """Return the data of each event of a stream, decoded; comments are left out."""
+    data = [
+        line.removeprefix("data: ")
+        for block in text.split("\n\n")
+        for line in block.split("\n")
+        if line.startswith("data: ")
+    ]
+    return [item if item == "[DONE]" else json.loads(item) for item in data]
+
+
+class Connection:
+    """One request to an ASGI app whose client can leave at any moment, and what it has received."""
+
+    def __init__(self, app: FastAPI, body: Any, **headers: str) -> None:
+        self.sent = bytearray()
+        self.status: int | None = None
+        self.progress = asyncio.Event()
+        self._body: bytes | None = json.dumps(body).encode()
+        self._left = asyncio.Event()
+        pairs = {"content-type": "application/json"} | headers
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": CHAT,
+            "raw_path": CHAT.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "headers": [(k.encode(), v.encode()) for k, v in pairs.items()],
+            "client": ("10.0.0.7", 1234),
+            "server": ("test", 80),
+        }
+        self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self._left.wait()
+        return {"type": "http.disconnect"}  # from then on at every call, as servers do
+
+    async def _send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        self.sent += message.get("body", b"")
+        self.progress.set()
+
+    async def receive_until(self, text: bytes) -> None:
+        while text not in self.sent:
+            self.progress.clear()
+            await asyncio.wait_for(self.progress.wait(), 5)
+
+    async def leave(self) -> None:
+        """Close the connection and wait for the server to be done with it."""
+        self._left.set()
+        await asyncio.wait_for(self.task, 1)
