@@ -24,6 +24,7 @@ import numpy as np
 
 from kvserve.cache.codec import arrays_of
 from kvserve.cache.plan import chunk_end
+from kvserve.cache.tree import common_prefix
 from kvserve.core.errors import KvserveError, NotReady, RequestFailed, TooLarge
 from kvserve.core.types import Finished, FinishReason, Started, TextPiece
 from kvserve.engine.model import LoadedModel
@@ -38,6 +39,10 @@ log = logging.getLogger(__name__)
 FULL_LOGITS_TOKENS = 64
 """A last chunk up to this long goes through in one pass, logits for all its tokens included; a
 longer one leaves its last token for a pass of its own, since a wide output layer is dear."""
+
+
+WORTH_WAITING_TOKENS = 64
+"""A run waits for another's prefill when that saves it at least this many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +222,39 @@ class EngineLoop:
                 self._fail(run, self._too_large(run))
             elif self._working.reserve(run):
                 self._waiting.popleft()
+                run.follows = self._leader_of(run)
                 self._prefilling.append(run)
             elif self.num_running:
                 return  # memory comes back when a running request ends
             elif not self._release_leases():
                 self._waiting.popleft()
                 self._fail(run, self._too_large(run))
+
+    def _leader_of(self, run: Run) -> tuple[Run, int] | None:
+        """Return the run in prefill that shares most with this one beyond what is held already.
+
+        Eight users who ask about one new document at once are to cost one prefill of it.
+        """
+        if not self._working.uses_cache(run):
+            return None
+        held = run.lease.num_tokens if run.lease is not None else 0
+        leader, shared = None, held + WORTH_WAITING_TOKENS
+        for other in self._prefilling:
+            if other.request.namespace != run.request.namespace:
+                continue
+            if not self._working.uses_cache(other):
+                continue
+            common = common_prefix(other.request.prompt.token_ids, run.request.prompt.token_ids)
+            if common > shared:
+                leader, shared = other, common
+        return None if leader is None else (leader, shared)
+
+    def _is_behind(self, run: Run) -> bool:
+        """Whether another run is about to compute what this one needs."""
+        if run.follows is None or run.cache is not None:
+            return False
+        leader, shared = run.follows
+        return leader in self._prefilling and leader.num_fed < shared
 
     def _release_leases(self) -> bool:
         """Let go of what waiting runs hold, so that it can be evicted; whether there was any."""
@@ -242,7 +274,8 @@ class EngineLoop:
     # -- steps --------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        prefills = [Prefill(run.length - run.num_fed, run.passed_over) for run in self._prefilling]
+        ahead = [run for run in self._prefilling if not self._is_behind(run)]
+        prefills = [Prefill(run.length - run.num_fed, run.passed_over) for run in ahead]
         step = next_step(
             len(self._decoding),
             prefills,
@@ -252,14 +285,14 @@ class EngineLoop:
         match step:
             case Chunk(index, size):
                 self._decoded_last = False
-                self._prefill(self._prefilling[index], size)
+                self._prefill(ahead[index], size)
             case Decode():
                 self._decoded_last = True
                 self._decode()
 
     def _prefill(self, run: Run, size: int) -> None:
         for other in self._prefilling:
-            other.passed_over += other is not run
+            other.passed_over += other is not run and not self._is_behind(other)
         run.passed_over = 0
         try:
             self._prefill_chunk(run, size)
@@ -289,6 +322,7 @@ class EngineLoop:
             self._join(run, logits[0, -1])
 
     def _start(self, run: Run) -> None:
+        run.follows = None
         self._working.begin(run)
         if run.started:
             return  # taken up again after a failed step or for lack of memory

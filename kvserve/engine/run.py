@@ -50,6 +50,7 @@ class Run:
     passed_over: int = 0
     started: bool = False
     solo: bool = False
+    follows: tuple[Run, int] | None = None
     finish: FinishReason | None = None
     seed: int = field(default_factory=lambda: secrets.randbits(63))
     submitted_at: float = field(default_factory=time.monotonic)

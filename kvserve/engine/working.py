@@ -71,7 +71,7 @@ class WorkingCaches:
         """Give a run its working cache, restored as far as segments are held; sets its plan."""
         token_ids = run.token_ids
         run.cache, reuse = self._model.fresh_cache(), 0
-        if self._uses_cache(run):
+        if self.uses_cache(run):
             run.cache, reuse = self._restored(run)
         run.num_fed = run.num_published = run.num_held = reuse
         run.plan = plan(
@@ -113,7 +113,7 @@ class WorkingCaches:
 
         The working cache must stand at `run.num_fed` tokens.
         """
-        if run.cache is None or run.plan is None or not self._uses_cache(run):
+        if run.cache is None or run.plan is None or not self.uses_cache(run):
             return
         position = run.num_fed
         token_ids = run.token_ids[:position]
@@ -163,7 +163,8 @@ class WorkingCaches:
         self._cache.bury()
         mx.clear_cache()
 
-    def _uses_cache(self, run: Run) -> bool:
+    def uses_cache(self, run: Run) -> bool:
+        """Whether states are reused and kept for this run."""
         return self._model.info.caching and run.request.use_cache
 
 

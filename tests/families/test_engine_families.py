@@ -146,3 +146,16 @@ def test_a_request_that_was_given_up_goes_on_where_it_was_left(family: zoo.Famil
     assert again.started.num_cached >= min(fed, 120)
     assert again.tokens == bench.alone(messages, 30)
     assert other.tokens == bench.alone(other_messages, 40)
+
+
+def test_users_who_ask_about_one_new_document_at_once_cost_one_prefill_of_it() -> None:
+    bench = Bench(next(family for family in FAMILIES if family.name == "qwen3"))
+    document = tokens(80, 120)
+    asked = []
+    for i in range(6):
+        messages = [document, tokens(81 + i, 6), tokens(90, 3)]
+        asked.append((messages, bench.submit(messages, 5)[1]))
+    bench.finish()
+    assert bench.loop.counters.prefilled_tokens <= 129 + 5 * 12
+    for messages, reply in asked:
+        assert reply.tokens == bench.alone(messages, 5)
