@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, cast
 
+import anyio
 import httpx
 import numpy as np
 from fastapi import FastAPI
@@ -59,6 +60,7 @@ class FakeTurn:
         yield Finished(self.turns.reason, token_ids, 50, ttft_s=0.1, decode_s=0.5)
 
     async def aclose(self) -> None:
+        await asyncio.sleep(0)  # as a real one waits for the engine
         self.closed = True
         self.turns.first_closed.set()
 
@@ -207,6 +209,7 @@ class Connection:
     def __init__(self, app: FastAPI, body: Any, **headers: str) -> None:
         self.sent = bytearray()
         self.status: int | None = None
+        self.scope = anyio.CancelScope()
         self.progress = asyncio.Event()
         self._body: bytes | None = json.dumps(body).encode()
         self._left = asyncio.Event()
@@ -225,7 +228,11 @@ class Connection:
             "client": ("10.0.0.7", 1234),
             "server": ("test", 80),
         }
-        self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
+        self.task = asyncio.ensure_future(self._within_scope(app, scope))
+
+    async def _within_scope(self, app: FastAPI, scope: Any) -> None:
+        with self.scope:
+            await app(scope, self._receive, self._send)
 
     async def _receive(self) -> dict[str, Any]:
         if self._body is not None:

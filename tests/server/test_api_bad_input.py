@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 
+from kvserve.api.body import read_json
 from kvserve.api.wire import ChatRequest
 from tests.server.api_fakes import (
     CHAT,
@@ -178,6 +181,22 @@ async def test_millions_of_values_do_not_stop_the_loop(value: bytes) -> None:
     assert response.status_code == 400
     assert "values" in error_of(response)["message"]
     assert pause < 0.3
+
+
+@pytest.mark.parametrize(("num_bytes", "offloaded"), [(200_000, False), (300_000, True)])
+async def test_a_big_body_is_decoded_and_checked_off_the_loop(
+    num_bytes: int, offloaded: bool
+) -> None:
+    content = b'"' + b"a" * num_bytes + b'"'
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}
+    thread = await read_json(
+        Request(scope, receive), lambda body: threading.get_ident(), max_bytes=10**6
+    )
+    assert (thread != threading.get_ident()) == offloaded
 
 
 JSON_VALUES = st.recursive(
