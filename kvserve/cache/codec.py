@@ -37,6 +37,9 @@ WorkingCache = list[Any]
 _SPANS = (KVCache, ConcatenateKVCache, QuantizedKVCache)
 _TOKEN_AXIS = -2
 
+LONGEST_CHUNK_TOKENS = 2048
+"""No chunk of prefill is longer."""
+
 
 def leaves(cache: Iterable[Any]) -> list[Any]:
     """Return the cache objects of all layers in order, those inside a `CacheList` one by one."""
@@ -90,12 +93,17 @@ class State:
 class SegmentPayload:
     """The state that one segment adds, one part per leaf; None where a leaf holds nothing."""
 
-    __slots__ = ("_nbytes", "length", "parts")
+    __slots__ = ("_nbytes", "_windows", "length", "parts")
 
     def __init__(self, length: int, parts: Sequence[Span | State | None]) -> None:
         self.length = length
         self.parts = tuple(parts)
         self._nbytes = sum(_nbytes(part) for part in self.parts)
+        self._windows: dict[int, int] = {}
+        for part in self.parts:
+            if isinstance(part, Span) and part.window is not None:
+                held = self._windows.get(part.window, part.num_tokens)
+                self._windows[part.window] = min(held, part.num_tokens)
 
     @property
     def nbytes(self) -> int:
@@ -103,22 +111,15 @@ class SegmentPayload:
 
     @property
     def restorable(self) -> bool:
-        return not self.gap and not any(_is_missing(part) for part in self.parts)
+        return not any(_is_missing(part) for part in self.parts)
 
     @property
     def whole(self) -> bool:
-        return all(
-            part is None or (isinstance(part, Span) and part.num_tokens >= self.length)
-            for part in self.parts
-        )
+        return not any(isinstance(part, State) for part in self.parts)
 
     @property
-    def gap(self) -> bool:
-        return any(
-            isinstance(part, Span)
-            and part.num_tokens < min(self.length, part.window or self.length)
-            for part in self.parts
-        )
+    def windows(self) -> dict[int, int]:
+        return self._windows
 
     def split(self, at: int, length: int) -> tuple[SegmentPayload, SegmentPayload]:
         """Return the payloads of the first `at` tokens and of the rest; end states stay behind."""
@@ -184,13 +185,11 @@ def _cut(tree: Any, start: int, stop: int) -> Any:
 
 
 def _split_span(span: Span, at: int, length: int) -> tuple[Span, Span]:
-    """Split a span; what the upper part lacks of its window shows as a gap."""
-    held = span.num_tokens
-    first_held = length - held  # negative where the span reaches back before its segment
-    lower_tokens = min(length - at, held, span.window or held)
-    upper_tokens = max(0, at - first_held)
-    lower = Span(_cut(span.arrays, held - lower_tokens, held), lower_tokens, span.window)
-    upper = Span(_cut(span.arrays, 0, upper_tokens), upper_tokens, span.window)
+    """Split a span: of what it holds, the last `length - at` tokens go below, the rest above."""
+    below = min(length - at, span.num_tokens)
+    above = span.num_tokens - below
+    upper = Span(_cut(span.arrays, 0, above), above, span.window)
+    lower = Span(_cut(span.arrays, above, span.num_tokens), below, span.window)
     return upper, lower
 
 
@@ -287,7 +286,7 @@ def _collect(
     """Return the arrays of leaf `index` for the tokens `[first, last)`, in order of position."""
     pieces: list[Any] = []
     wanted = last
-    for _, end, payload in reversed(segments):
+    for segment_start, end, payload in reversed(segments):
         part = payload.parts[index]
         if part is None:
             return None  # a leaf that the model does not use
@@ -295,9 +294,11 @@ def _collect(
             break
         assert isinstance(part, Span)
         held_from = end - part.num_tokens
-        start, stop = max(first, held_from), min(wanted, end)
-        if stop < wanted or start >= stop:
+        if segment_start >= wanted and held_from >= wanted:
+            continue  # a window behind it reaches back before it
+        if held_from >= wanted or end < wanted:
             raise LookupError(f"tokens up to {wanted} are not held")
+        start, stop = max(first, held_from), wanted
         if start == held_from and stop == end:
             pieces.append(part.arrays)
         else:
@@ -367,11 +368,14 @@ class Footprint:
     def working(self, num_tokens: int) -> int:
         """Return the bytes of a working cache of `num_tokens`, growth steps included."""
         rounded = -(-num_tokens // KVCache.step) * KVCache.step
-        windows = sum(size * min(rounded, window + KVCache.step) for window, size in self.windows)
+        # While a chunk is computed, a window's buffer holds all of it behind the window.
+        windows = sum(
+            size * min(rounded, window + LONGEST_CHUNK_TOKENS) for window, size in self.windows
+        )
         return self.span_nbytes * rounded + windows + self.state_nbytes
 
     def segment(self, num_tokens: int, with_state: bool) -> int:
-        """Return an upper bound of the bytes of a segment's payload."""
+        """Return about the bytes of a segment's payload; exact but for states that grow."""
         windows = sum(size * min(num_tokens, window) for window, size in self.windows)
         return self.span_nbytes * num_tokens + windows + self.state_nbytes * with_state
 
@@ -382,13 +386,14 @@ def footprint(cache: WorkingCache) -> Footprint:
     windows: list[tuple[int, int]] = []
     for leaf in leaves(cache):
         form = form_of(leaf)
-        if form == "state":
+        limit = getattr(leaf, "max_size", getattr(leaf, "chunk_size", None))
+        if form == "state" and not isinstance(limit, int):
             state += sum(a.nbytes for a in _arrays_in(vars(leaf)))
         elif leaf.keys is not None:
             arrays = _arrays_in((leaf.keys, leaf.values))
             per_token = sum(a.nbytes // max(1, a.shape[_TOKEN_AXIS]) for a in arrays)
-            if form == "window":
-                windows.append((leaf.max_size, per_token))
+            if isinstance(limit, int):  # windows, and states that grow like one
+                windows.append((limit, per_token))
             else:
                 span += per_token
     return Footprint(span, tuple(windows), state)

@@ -51,7 +51,8 @@ def segment_ends(message_ends: Sequence[int], length: int, segment_tokens: int) 
     start = 0
     for end in (*message_ends, length):
         end = min(end, length)
-        ends.extend(range(start + segment_tokens, end, segment_tokens))
+        if end - start > segment_tokens:
+            ends.extend(range(start + segment_tokens, end, segment_tokens))
         if end > start:
             ends.append(end)
             start = end

@@ -2,8 +2,8 @@
 
 Owns the trees, the leases, the references and the only counter of bytes: stored segments plus the
 working caches that the engine has reserved. Every method is short and takes the one lock, so any
-thread may look up; only the engine thread publishes, because payloads hold MLX arrays. What other
-threads drop is laid aside and freed by the engine thread in `bury()`.
+thread may look up; only the engine thread publishes and reserves, because payloads hold MLX arrays
+and both evict. What other threads drop is laid aside and freed by the engine thread in `bury()`.
 
 The cache may only make things faster: what does not fit is not stored, and the reason is counted.
 """
@@ -16,10 +16,9 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from kvserve.cache.keys import Key, root_key
 from kvserve.cache.plan import Traits
 from kvserve.cache.policy import EvictionQueue
-from kvserve.cache.tree import Node, Payload, Tree, gap_within, restorable_position
+from kvserve.cache.tree import Node, Payload, Tree, holds_window, restorable_position
 from kvserve.core.types import TokenIds
 
 P = TypeVar("P", bound=Payload)
@@ -61,10 +60,11 @@ class SegmentCache(Generic[P]):
     """Segments of one model, by namespace.
 
     Args:
-        fingerprint: stands for the model in every key.
+        fingerprint: stands for the model in the key of whatever leaves this process.
         traits: what the model's layers demand.
         budget_nbytes: hard limit over segments and reservations.
-        segment_nbytes: `(num_tokens, with_state) -> bytes`, an upper bound of a payload's size.
+        segment_nbytes: `(num_tokens, with_state) -> bytes`, what a payload will take; room is made
+            for it before it is captured, and for what it lacked afterwards.
     """
 
     def __init__(
@@ -76,9 +76,11 @@ class SegmentCache(Generic[P]):
     ) -> None:
         self.traits = traits
         self.budget_nbytes = budget_nbytes
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._segment_nbytes = segment_nbytes
-        self._trees: dict[Key, Tree[P]] = {}
+        # By the namespace itself, not by a hash of it: callers choose a part of it (`cache_salt`),
+        # and XXH3 does not resist one who looks for another caller's.
+        self._trees: dict[bytes, Tree[P]] = {}
         self._names: dict[Hashable, Node[P]] = {}
         self._leaves: EvictionQueue[Node[P]] = EvictionQueue()
         self._dropped: list[P] = []
@@ -94,14 +96,15 @@ class SegmentCache(Generic[P]):
         """Return a lease on the longest stored prefix, at most `limit` tokens of it restorable."""
         with self._lock:
             self._counts["lookups"] += 1
-            tree = self._tree(namespace)
+            tree = self._trees[namespace] = self._tree(namespace)
             return self._lease(tree, tree.root, token_ids, limit)
 
     def extend(self, lease: Lease[P], token_ids: TokenIds, limit: int | None = None) -> Lease[P]:
         """Return a lease on what has been stored since, and give `lease` back."""
         with self._lock:
             origin = lease.node
-            while origin.start > lease.num_tokens and origin.parent is not None:
+            # A split may have left the leased node behind the position, where others now part.
+            while origin.start >= lease.num_tokens and origin.parent is not None:
                 origin = origin.parent
             longer = self._lease(lease.tree, origin, token_ids, limit)
             self._release(lease)
@@ -138,7 +141,7 @@ class SegmentCache(Generic[P]):
         """
         end = len(token_ids)
         with self._lock:
-            tree = self._tree(namespace)
+            tree = self._trees[namespace] = self._tree(namespace)
             node, matched = tree.walk(token_ids)
             self._touch(node)
             if matched == end and self._is_served(node, end, with_state):
@@ -146,33 +149,25 @@ class SegmentCache(Generic[P]):
             if matched < node.end:
                 node = self._split(tree, node, matched)
             replaces = matched == end
-            above = node.parent if replaces else node
-            start = node.start if replaces else matched
-            contained = self.traits.reach > 0 and gap_within(above, end - self.traits.reach)
-            span = self.traits.reach if contained else end - start
-            keep = Lease(tree, node, matched)
-            node.leases += 1
-            fits = self._make_room(self._segment_nbytes(max(span, end - start), with_state))
+            above, start = (node.parent, node.start) if replaces else (node, matched)
+            assert above is not None
+            contained = _lacks_window(above, start, end) or (replaces and _reaches_back(node))
+            span = max(self.traits.reach, end - start) if contained else end - start
+            # Until the newcomer is in its place: another thread may drop what nobody holds.
+            keep = self._hold(tree, node, matched)
+            fits = self._make_room(self._segment_nbytes(span, with_state))
         try:
+            if fits:
+                payload = capture(start, end, with_state, contained)
+                with self._lock:
+                    fits = self._store(tree, node, token_ids[start:], payload, replaces)
             if not fits:
                 self._counts["skipped_no_room"] += 1
                 return matched
-            payload = capture(start, end, with_state, contained)
+            return end
         finally:
             self.release(keep)
-        with self._lock:
-            if replaces:
-                assert node.payload is not None
-                self._stored_nbytes += payload.nbytes - node.payload.nbytes
-                node.payload = payload
-            else:
-                node = tree.add(node, token_ids[start:end], payload)
-                self._stored_nbytes += payload.nbytes
-                self._counts["published_tokens"] += end - start
-                self._leaves.push(node, self._tick)
-            self._touch(node)
-            self._make_room(0)
-            return end
+            self.bury()
 
     def thin_states(
         self, namespace: bytes, token_ids: TokenIds, keep: set[int], without: Callable[[P], P]
@@ -192,12 +187,15 @@ class SegmentCache(Generic[P]):
     # -- the budget ---------------------------------------------------------------------------
 
     def reserve(self, nbytes: int) -> bool:
-        """Set `nbytes` aside for a working cache, evicting for it; False if it cannot be had."""
+        """Set `nbytes` aside for a working cache, evicting for it; False if it cannot be had.
+
+        Engine thread only: what is evicted is freed at once.
+        """
         with self._lock:
-            if not self._make_room(nbytes):
-                return False
-            self._reserved_nbytes += nbytes
-            return True
+            fits = self._make_room(nbytes)
+            self._reserved_nbytes += nbytes if fits else 0
+        self.bury()
+        return fits
 
     def unreserve(self, nbytes: int) -> None:
         """Give back what `reserve` set aside."""
@@ -206,10 +204,10 @@ class SegmentCache(Generic[P]):
             self._reserved_nbytes -= nbytes
 
     def bury(self) -> None:
-        """Free what other threads dropped. Engine thread only."""
+        """Free what was evicted or dropped. Engine thread only."""
         with self._lock:
             dropped, self._dropped = self._dropped, []
-        del dropped
+        del dropped  # outside the lock, for it may take its time
 
     # -- references ---------------------------------------------------------------------------
 
@@ -217,7 +215,9 @@ class SegmentCache(Generic[P]):
         """Let `name` refer to the longest held prefix of `token_ids`, and to nothing else."""
         with self._lock:
             self._unbind(name)
-            node, _ = self._tree(namespace).walk(token_ids)
+            node, matched = self._tree(namespace).walk(token_ids)
+            if matched < node.end and node.parent is not None:
+                node = node.parent  # the rest of that segment belongs to others
             if not node.is_root:
                 node.names.add(name)
                 self._names[name] = node
@@ -243,7 +243,7 @@ class SegmentCache(Generic[P]):
                 if step.payload is not None
             ]
             nbytes = sum(size for _, _, size in segments)
-            return PathUsage(matched, nbytes, self._shared(node), tuple(segments))
+            return PathUsage(matched, nbytes, _shared(node, matched), tuple(segments))
 
     # -- inspection ---------------------------------------------------------------------------
 
@@ -284,22 +284,23 @@ class SegmentCache(Generic[P]):
     # -- inside the lock ----------------------------------------------------------------------
 
     def _tree(self, namespace: bytes) -> Tree[P]:
-        key = root_key(self._fingerprint, namespace)
-        tree = self._trees.get(key)
-        if tree is None:
-            tree = self._trees[key] = Tree()
-        return tree
+        """Return the tree of a namespace, an empty one that is not kept if there is none."""
+        tree = self._trees.get(namespace)
+        return Tree() if tree is None else tree
 
     def _lease(
         self, tree: Tree[P], origin: Node[P], token_ids: TokenIds, limit: int | None
     ) -> Lease[P]:
         node, matched = tree.walk(token_ids, origin)
         limit = len(token_ids) if limit is None else limit
-        position = restorable_position(node, matched, limit, self.traits.reach)
+        position = restorable_position(node, matched, limit)
         while not node.is_root and node.start >= position:
             assert node.parent is not None
             node = node.parent
         self._touch(node)
+        return self._hold(tree, node, position)
+
+    def _hold(self, tree: Tree[P], node: Node[P], position: int) -> Lease[P]:
         node.leases += 1
         return Lease(tree, node, position)
 
@@ -311,19 +312,23 @@ class SegmentCache(Generic[P]):
         assert node.leases > 0
         node.leases -= 1
         self._offer(node)
+        self._close(node)
+
+    def _close(self, root: Node[P]) -> None:
+        """Forget an empty tree: there may be a namespace for each request."""
+        if root.is_root and not root.children and not root.leases:
+            self._trees = {key: tree for key, tree in self._trees.items() if tree.root is not root}
 
     def _touch(self, node: Node[P]) -> None:
+        """Note a use. Only leaves are evicted, so those above learn of it in `_remove`."""
         self._tick += 1
-        step: Node[P] | None = node
-        while step is not None:
-            step.used = self._tick
-            step = step.parent
+        node.used = self._tick
 
     def _is_served(self, node: Node[P], end: int, with_state: bool) -> bool:
         """Whether a state at `end` is already held, or is not wanted there."""
         if self.traits.stateful and not with_state:
             return True
-        return restorable_position(node, end, end, self.traits.reach) == end
+        return restorable_position(node, end, end) == end
 
     def _split(self, tree: Tree[P], node: Node[P], position: int) -> Node[P]:
         assert node.payload is not None
@@ -332,6 +337,31 @@ class SegmentCache(Generic[P]):
         assert upper.payload is not None and node.payload is not None
         self._stored_nbytes += upper.payload.nbytes + node.payload.nbytes - before
         return upper
+
+    def _store(
+        self, tree: Tree[P], node: Node[P], tokens: TokenIds, payload: P, replaces: bool
+    ) -> bool:
+        """Put a payload in its place, below `node` or instead of its own; False without room."""
+        before = 0
+        if replaces:
+            assert node.payload is not None
+            before = node.payload.nbytes
+            if any(
+                payload.windows.get(window, 0) < held
+                for window, held in node.payload.windows.items()
+            ):
+                return True  # what others rely on would be lost; it came too late to be better
+        if not self._make_room(payload.nbytes - before):
+            return False
+        self._stored_nbytes += payload.nbytes - before
+        if replaces:
+            node.payload = payload
+        else:
+            node = tree.add(node, tokens, payload)
+            self._counts["published_tokens"] += len(tokens)
+        self._touch(node)
+        self._offer(node)
+        return True
 
     def _make_room(self, nbytes: int) -> bool:
         while self._stored_nbytes + self._reserved_nbytes + nbytes > self.budget_nbytes:
@@ -361,6 +391,7 @@ class SegmentCache(Generic[P]):
         self._stored_nbytes -= node.payload.nbytes
         self._dropped.append(node.payload)
         node.payload = None
+        self._leaves.discard(node)
         for name in node.names:
             if parent.is_root:
                 del self._names[name]
@@ -368,7 +399,9 @@ class SegmentCache(Generic[P]):
                 parent.names.add(name)
                 self._names[name] = parent
         node.names = set()
+        parent.used = max(parent.used, node.used)
         self._offer(parent)
+        self._close(parent)
 
     def _unbind(self, name: Hashable) -> Node[P] | None:
         node = self._names.pop(name, None)
@@ -376,14 +409,31 @@ class SegmentCache(Generic[P]):
             node.names.discard(name)
         return node
 
-    def _shared(self, tip: Node[P]) -> int:
-        """Return the bytes on the path to `tip` that more than one tip or name uses."""
-        shared = 0
-        others = len(tip.children) + max(0, len(tip.names) - 1) > 0
-        for node in reversed(tip.path()):
-            assert node.payload is not None
-            if node is not tip and (len(node.children) > 1 or node.names):
-                others = True
-            if others:
-                shared += node.payload.nbytes
-        return shared
+
+def _lacks_window(above: Node[P], start: int, end: int) -> bool:
+    """Whether a segment `[start, end)` below `above` needs tokens that are not held there."""
+    payload = above.payload
+    if payload is None:
+        return False  # the root: nothing is before it
+    return any(
+        not holds_window(above, max(0, end - window), start, window) for window in payload.windows
+    )
+
+
+def _reaches_back(node: Node[P]) -> bool:
+    """Whether its windows hold tokens from before it, on which segments below may rely."""
+    assert node.payload is not None
+    return any(held > len(node.tokens) for held in node.payload.windows.values())
+
+
+def _shared(tip: Node[P], matched: int) -> int:
+    """Return the bytes on the path to `tip`, up to `matched`, that more than one of them uses."""
+    shared = 0
+    others = matched < tip.end or bool(tip.children) or len(tip.names) > 1
+    for node in reversed(tip.path()):
+        assert node.payload is not None
+        if node is not tip and (len(node.children) > 1 or node.names):
+            others = True
+        if others:
+            shared += node.payload.nbytes
+    return shared

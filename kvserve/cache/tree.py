@@ -11,7 +11,7 @@ the same token, and no prefix is held twice.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -28,21 +28,28 @@ class Payload(Protocol):
 
     @property
     def restorable(self) -> bool:
-        """Whether the state at the segment's end can be rebuilt."""
+        """Whether no end state is missing, so that the state at the segment's end can be had."""
 
     @property
     def whole(self) -> bool:
-        """Whether the state at any token inside can be rebuilt, given the segments before."""
+        """Whether it consists of tokens alone, so that states inside it can be had too."""
 
     @property
-    def gap(self) -> bool:
-        """Whether tokens that a descendant may need are missing from it."""
+    def windows(self) -> Mapping[int, int]:
+        """For each size of sliding window, how many tokens before the segment's end are held.
+
+        Fewer than the segment has where the window was smaller; more where it was captured behind
+        a segment that lacks some.
+        """
 
     def split(self, at: int, length: int) -> tuple[Self, Self]:
         """Return the payloads of the tokens `[0, at)` and `[at, length)`."""
 
 
 P = TypeVar("P", bound=Payload)
+
+_WIDTH = 4
+"""Bytes of a token id."""
 
 
 def common_prefix(a: TokenIds, b: TokenIds) -> int:
@@ -59,22 +66,30 @@ class Node(Generic[P]):
     """A segment: the tokens `[start, end)` behind its parent's, with their payload.
 
     `leases` counts lookups in use, `names` are the references (conversations) whose tip it is,
-    `used` is the tick of its last use.
+    `used` is the tick of its last use as a tip, or of one below it that is gone. `data` and
+    `tokens` are the same memory.
     """
 
-    __slots__ = ("children", "leases", "names", "parent", "payload", "start", "tokens", "used")
+    __slots__ = (
+        *("children", "data", "leases", "names", "parent", "payload", "start", "tokens", "used"),
+    )
 
     def __init__(
         self, parent: Node[P] | None, start: int, tokens: TokenIds, payload: P | None
     ) -> None:
         self.parent = parent
         self.start = start
-        self.tokens = tokens
+        self.own(tokens)
         self.payload = payload
         self.children: dict[int, Node[P]] = {}
         self.leases = 0
         self.names: set[Hashable] = set()
         self.used = 0
+
+    def own(self, tokens: TokenIds) -> None:
+        """Make a copy of `tokens` the segment's own."""
+        self.data = tokens.astype(np.uint32, copy=False).tobytes()
+        self.tokens: TokenIds = np.frombuffer(self.data, np.uint32)
 
     @property
     def end(self) -> int:
@@ -118,14 +133,19 @@ class Tree(Generic[P]):
             matched += common_prefix(node.tokens, token_ids[node.start :])
             if matched < node.end:
                 return node, matched
-        while matched < len(token_ids):
+        # One comparison of bytes per segment: a long conversation is a path of thousands.
+        prompt = token_ids.astype(np.uint32, copy=False).tobytes()
+        length = len(token_ids)
+        while matched < length:
             child = node.children.get(int(token_ids[matched]))
             if child is None:
                 break
             node = child
+            if prompt.startswith(child.data, matched * _WIDTH):
+                matched += len(child.tokens)
+                continue
             matched += common_prefix(child.tokens, token_ids[matched:])
-            if matched < child.end:
-                break
+            break
         return node, matched
 
     def split(self, node: Node[P], position: int) -> Node[P]:
@@ -137,18 +157,18 @@ class Tree(Generic[P]):
         assert node.start < position < node.end
         at = position - node.start
         first, second = node.payload.split(at, len(node.tokens))
-        upper: Node[P] = Node(node.parent, node.start, node.tokens[:at].copy(), first)
+        upper: Node[P] = Node(node.parent, node.start, node.tokens[:at], first)
         upper.used = node.used
         node.parent.children[int(upper.tokens[0])] = upper
-        node.parent, node.start, node.tokens = upper, position, node.tokens[at:].copy()
-        node.payload = second
+        node.parent, node.start, node.payload = upper, position, second
+        node.own(node.tokens[at:])
         upper.children[int(node.tokens[0])] = node
         return upper
 
     def add(self, parent: Node[P], tokens: TokenIds, payload: P) -> Node[P]:
         """Hang a new segment below `parent`, none of whose children begins with its token."""
         assert len(tokens) and int(tokens[0]) not in parent.children
-        node: Node[P] = Node(parent, parent.end, tokens.copy(), payload)
+        node: Node[P] = Node(parent, parent.end, tokens, payload)
         parent.children[int(tokens[0])] = node
         return node
 
@@ -166,30 +186,38 @@ class Tree(Generic[P]):
             stack.extend(node.children.values())
 
 
-def restorable_position(node: Node[P], matched: int, limit: int, reach: int) -> int:
+def restorable_position(node: Node[P], matched: int, limit: int) -> int:
     """Return the deepest position, at most `min(matched, limit)`, whose state can be rebuilt.
 
-    `reach` is how many tokens back a state may look (the widest sliding window, 0 if none): a
-    position inside a segment needs them unbroken. Zero stands for the empty prefix.
+    `matched` is a position in `node` or at its end. Zero stands for the empty prefix. If a
+    segment's last matching position lacks tokens of a window, so do all before it in the segment.
     """
-    here: Node[P] | None = node
-    while here is not None and here.parent is not None:
+    here = node
+    while here.parent is not None:
         payload = here.payload
         assert payload is not None
         stop = min(matched, limit, here.end)
-        if stop == here.end and payload.restorable:
-            return stop
-        if stop > here.start and payload.whole and not gap_within(here.parent, stop - reach):
-            return stop
+        if stop > here.start and (payload.whole or (stop == here.end and payload.restorable)):
+            needs = ((max(0, stop - window), window) for window in payload.windows)
+            if all(holds_window(here, since, stop, window) for since, window in needs):
+                return stop
         here = here.parent
     return 0
 
 
-def gap_within(node: Node[P] | None, since: int) -> bool:
-    """Whether `node` or an ancestor lacks tokens at or behind the position `since`."""
-    while node is not None and node.parent is not None and node.end > since:
-        assert node.payload is not None
-        if node.payload.gap:
-            return True
-        node = node.parent
-    return False
+def holds_window(node: Node[P], since: int, until: int, window: int) -> bool:
+    """Whether `node` and its ancestors hold the tokens `[since, until)` of one sliding window."""
+    here = node
+    while until > since:
+        if here.parent is None or here.end < until:
+            return False  # the one before lacks its first tokens
+        assert here.payload is not None
+        held = here.payload.windows.get(window)
+        if held is None:
+            return True  # layers that the model does not use
+        if here.end - held < until:
+            until = here.end - held
+        elif here.start < until:
+            return False
+        here = here.parent
+    return True

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvserve import __version__, config
+from kvserve.core.memory import machine_memory
 
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "numpy", "fastapi", "uvicorn", "pydantic")
 MODEL_SUFFIXES = (".safetensors", ".json", ".jinja")
@@ -137,7 +138,7 @@ def _installed(prefix: str) -> list[str]:
 
 
 def _memory() -> Finding:
-    gib = config.machine_memory() / (1 << 30)
+    gib = machine_memory() / (1 << 30)
     return Finding("memory", Verdict.OK, f"{gib:.1f} GiB for this process at most")
 
 

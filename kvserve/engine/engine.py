@@ -19,7 +19,7 @@ from kvserve.cache.codec import SegmentPayload
 from kvserve.cache.segments import SegmentCache
 from kvserve.core.errors import ContextTooLong, InvalidRequest, NotReady, QueueFull
 from kvserve.core.types import Event, Finished, GenerationRequest
-from kvserve.engine.loop import Call, Cancel, Command, EngineLoop, Stop
+from kvserve.engine.loop import Call, Cancel, Cancelled, Command, EngineLoop, Stop
 from kvserve.engine.memory import default_budget
 from kvserve.engine.model import LoadedModel, ModelInfo
 from kvserve.engine.run import Run
@@ -59,10 +59,13 @@ class Generation:
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self._cancel = cancel
         self._done = False
+        self._let_go = asyncio.Event()
 
     def deliver(self, event: Event | Exception) -> None:
         """Hand over an event; on the event loop."""
         self._events.put_nowait(event)
+        if isinstance(event, Finished | Exception):
+            self._let_go.set()
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -71,6 +74,8 @@ class Generation:
         if self._done:
             raise StopAsyncIteration
         event = await self._events.get()
+        if isinstance(event, Cancelled):  # closed while we waited here
+            raise StopAsyncIteration
         if isinstance(event, Exception):
             self._done = True
             raise event
@@ -83,12 +88,10 @@ class Generation:
 
         Returns once the engine has let go of it: what was prefilled is then in the cache.
         """
-        if self._done:
-            return
-        self._done = True
-        self._cancel()
-        while not isinstance(await self._events.get(), Finished | Exception):
-            pass
+        if not self._done:
+            self._done = True
+            self._cancel()
+        await self._let_go.wait()
 
 
 class Engine:
@@ -208,9 +211,12 @@ class Engine:
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
         def answer() -> None:
-            result = function()
-            assert self._event_loop is not None
-            self._event_loop.call_soon_threadsafe(done.set_result, result)
+            try:
+                result = function()
+            except Exception as error:  # request ring: the caller's, not the loop's
+                self._call_soon(done.set_exception, error)
+            else:
+                self._call_soon(done.set_result, result)
 
         self._inbox.put(Call(answer))
         return await done
@@ -264,8 +270,17 @@ class Engine:
         except BaseException:  # loop ring: nothing can be answered any more
             log.exception("the engine has died")
             self.failure = "The engine has failed; the server must be restarted."
-            if self._on_death is not None:
-                self._call_soon(self._on_death)
+            self._call_soon(self._answer_the_late)
+
+    def _answer_the_late(self) -> None:
+        """After the thread's death, on the event loop: what came in while it died is answered."""
+        while not self._inbox.empty():
+            command = self._inbox.get()
+            if isinstance(command, Run):
+                command.emit(NotReady(self.failure or ""))
+        self._flush()
+        if self._on_death is not None:
+            self._on_death()
 
     def _flush(self) -> None:
         """Hand the events of one step to the event loop, in one call."""

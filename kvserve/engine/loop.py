@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -24,9 +23,9 @@ import numpy as np
 
 from kvserve.cache.codec import arrays_of
 from kvserve.cache.plan import chunk_end
-from kvserve.cache.tree import common_prefix
-from kvserve.core.errors import KvserveError, NotReady, RequestFailed, TooLarge
+from kvserve.core.errors import KvserveError, NotReady, RequestFailed
 from kvserve.core.types import Finished, FinishReason, Started, TextPiece
+from kvserve.engine.line import Line
 from kvserve.engine.model import LoadedModel
 from kvserve.engine.run import Run
 from kvserve.engine.sampling import Sampler
@@ -39,10 +38,6 @@ log = logging.getLogger(__name__)
 FULL_LOGITS_TOKENS = 64
 """A last chunk up to this long goes through in one pass, logits for all its tokens included; a
 longer one leaves its last token for a pass of its own, since a wide output layer is dear."""
-
-
-WORTH_WAITING_TOKENS = 64
-"""A run waits for another's prefill when that saves it at least this many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +110,8 @@ class EngineLoop:
         self._working = working
         self._inbox = inbox
         self._flush = flush
-        self._max_batch = max_batch
         self._sizer = sizer
-        self._budget_nbytes = budget_nbytes
-        self._waiting: deque[Run] = deque()
+        self._line = Line(working, max_running=max_batch, budget_nbytes=budget_nbytes)
         self._prefilling: list[Run] = []
         self._decoding: list[Run] = []
         self._decoded_last = True
@@ -127,7 +120,7 @@ class EngineLoop:
     @property
     def num_waiting(self) -> int:
         """Runs not yet admitted; may be read by any thread."""
-        return len(self._waiting) + self._inbox.qsize()
+        return len(self._line) + self._inbox.qsize()
 
     @property
     def num_running(self) -> int:
@@ -152,7 +145,7 @@ class EngineLoop:
     # -- commands -----------------------------------------------------------------------------
 
     def _take_commands(self) -> None:
-        idle = not (self._waiting or self._prefilling or self._decoding)
+        idle = not (len(self._line) or self._prefilling or self._decoding)
         if idle and self._inbox.empty():
             self._working.housekeeping()
         while idle or not self._inbox.empty():
@@ -161,7 +154,7 @@ class EngineLoop:
             match command:
                 case Run():
                     self.counters.requests += 1
-                    self._waiting.append(command)
+                    self._line.join(command)
                 case Cancel(run):
                     self._cancel(run)
                 case Call(function):
@@ -170,11 +163,9 @@ class EngineLoop:
                     self._stopping = True
 
     def _cancel(self, run: Run) -> None:
-        if run in self._waiting:
-            self._waiting.remove(run)
-        elif run in self._prefilling or run in self._decoding:
+        if run in self._prefilling or run in self._decoding:
             self._keep(run)
-        else:
+        elif not self._line.leave(run):
             return
         self.counters.cancelled += 1
         self._leave(run)
@@ -204,7 +195,7 @@ class EngineLoop:
         run.emit(error)
 
     def _dismiss_all(self) -> None:
-        runs = [*self._waiting, *self._prefilling, *self._decoding]
+        runs = [*self._line.dismiss(), *self._prefilling, *self._decoding]
         while not self._inbox.empty():
             command = self._inbox.get()
             if isinstance(command, Run):
@@ -215,39 +206,13 @@ class EngineLoop:
     # -- admission ----------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        while self._waiting and self.num_running < self._max_batch:
-            run = self._waiting[0]
-            if self._working.nbytes_for(run) > self._budget_nbytes:
-                self._waiting.popleft()
-                self._fail(run, self._too_large(run))
-            elif self._working.reserve(run):
-                self._waiting.popleft()
-                run.follows = self._leader_of(run)
-                self._prefilling.append(run)
-            elif self.num_running:
-                return  # memory comes back when a running request ends
-            elif not self._release_leases():
-                self._waiting.popleft()
-                self._fail(run, self._too_large(run))
-
-    def _leader_of(self, run: Run) -> tuple[Run, int] | None:
-        """Return the run in prefill that shares most with this one beyond what is held already.
-
-        Eight users who ask about one new document at once are to cost one prefill of it.
-        """
-        if not self._working.uses_cache(run):
-            return None
-        held = run.lease.num_tokens if run.lease is not None else 0
-        leader, shared = None, held + WORTH_WAITING_TOKENS
-        for other in self._prefilling:
-            if other.request.namespace != run.request.namespace:
+        while admitted := self._line.admit([*self._prefilling, *self._decoding]):
+            run, refusal = admitted
+            if refusal is not None:
+                self._fail(run, refusal)
                 continue
-            if not self._working.uses_cache(other):
-                continue
-            common = common_prefix(other.request.prompt.token_ids, run.request.prompt.token_ids)
-            if common > shared:
-                leader, shared = other, common
-        return None if leader is None else (leader, shared)
+            run.follows = self._line.leader_of(run, self._prefilling)
+            self._prefilling.append(run)
 
     def _is_behind(self, run: Run) -> bool:
         """Whether another run is about to compute what this one needs."""
@@ -255,21 +220,6 @@ class EngineLoop:
             return False
         leader, shared = run.follows
         return leader in self._prefilling and leader.num_fed < shared
-
-    def _release_leases(self) -> bool:
-        """Let go of what waiting runs hold, so that it can be evicted; whether there was any."""
-        leased = [run for run in self._waiting if run.lease is not None]
-        for run in leased:
-            self._working.end(run)
-        return bool(leased)
-
-    def _too_large(self, run: Run) -> KvserveError:
-        return TooLarge(
-            f"This request needs {self._working.nbytes_for(run)} bytes of KV state for its "
-            f"{run.length} tokens; the server may use {self._budget_nbytes} (--ram-budget).",
-            param="messages",
-            code="kv_budget_exceeded",
-        )
 
     # -- steps --------------------------------------------------------------------------------
 
@@ -455,15 +405,17 @@ class EngineLoop:
         """Put a decoding run back in line; it is rebuilt from its tokens when its turn comes."""
         self._leave(run)
         run.num_fed = 0
-        self._waiting.appendleft(run)
+        self._line.rejoin(run)
 
     def _ensure_room(self) -> None:
         """Make sure that every row may take one more token; the youngest yield if not."""
         for run in list(self._decoding):
             while run in self._decoding and not self._working.ensure_room(run):
                 youngest = max(self._decoding, key=lambda other: other.submitted_at)
+                if self._line.release_leases():
+                    continue  # stored state goes before anyone's turn does
                 if len(self._decoding) == 1 and not self._prefilling:
-                    self._fail(run, self._too_large(run))
+                    self._fail(run, self._line.too_large(run))
                     return
                 # Its token in flight is dropped, and sampled again with the same outcome.
                 self.counters.preempted += 1

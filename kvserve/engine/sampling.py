@@ -18,6 +18,9 @@ import mlx.core as mx
 
 from kvserve.core.types import SamplingParams, TokenIds
 
+_LEAST_TEMPERATURE = 1e-6
+"""As good as greedy. Below some 1e-37 float32 quotients overflow and any token could be drawn."""
+
 
 class Sampler:
     """Chooses tokens for one request.
@@ -68,7 +71,8 @@ class Sampler:
         if p.temperature == 0:
             token = mx.argmax(logits, keepdims=True)
         else:
-            logits = _restrict(logits / p.temperature, p.top_k, p.top_p, p.min_p)
+            logits = (logits - mx.max(logits)) / max(p.temperature, _LEAST_TEMPERATURE)
+            logits = _restrict(logits, p.top_k, p.top_p, p.min_p)
             token = mx.random.categorical(logits[None], key=self._key())
         self._step += 1
         token = token.astype(mx.uint32)

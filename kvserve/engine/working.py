@@ -63,7 +63,9 @@ class WorkingCaches:
         return True
 
     def _wanted(self, run: Run) -> int:
-        return run.length + min(run.remaining, HEADROOM_TOKENS)
+        # Whole growth steps: a buffer that is full in the middle of one grows past its reservation.
+        num_tokens = run.length + min(run.remaining, HEADROOM_TOKENS)
+        return -(-num_tokens // HEADROOM_TOKENS) * HEADROOM_TOKENS
 
     # -- a run's life -------------------------------------------------------------------------
 

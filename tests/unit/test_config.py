@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from kvserve import config
 from kvserve.config import ConfigError, Settings, load, parse_size
+from kvserve.core.memory import machine_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -173,7 +174,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 def test_a_share_of_memory_is_a_share_of_this_machine() -> None:
-    assert load({"ram_budget": "50%"}).ram_budget == config.machine_memory() // 2
+    assert load({"ram_budget": "50%"}).ram_budget == machine_memory() // 2
 
 
 @pytest.mark.parametrize(
