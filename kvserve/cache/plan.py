@@ -67,12 +67,8 @@ def plan(length: int, cuts: Sequence[Cut], reuse: int, traits: Traits, segment_t
     """
     assert 0 <= reuse < length
     message_ends = [cut.position for cut in cuts]
-    ends = [end for end in segment_ends(message_ends, length, segment_tokens) if end < length]
-    if message_ends and message_ends[-1] == length:
-        ends.append(length)
-    states = states_to_keep(message_ends, length) if traits.stateful else set()
-    if traits.stateful:
-        states |= _spaced(ends, message_ends)
+    ends = finished_ends(message_ends, length, segment_tokens)
+    states = state_ends(message_ends, length, segment_tokens) if traits.stateful else set()
     return Plan(
         reuse=reuse,
         length=length,
@@ -81,18 +77,31 @@ def plan(length: int, cuts: Sequence[Cut], reuse: int, traits: Traits, segment_t
     )
 
 
-def _spaced(ends: Sequence[int], message_ends: Sequence[int]) -> set[int]:
-    """Return the segment ends inside long messages that take an end state."""
+def finished_ends(message_ends: Sequence[int], length: int, segment_tokens: int) -> list[int]:
+    """Return the segment ends of a path that will not move as it grows.
+
+    The end of the path is one of them only if a message ends there.
+    """
     boundaries = set(message_ends)
-    spaced: set[int] = set()
+    ends = segment_ends(message_ends, length, segment_tokens)
+    return [end for end in ends if end < length or end in boundaries]
+
+
+def state_ends(message_ends: Sequence[int], length: int, segment_tokens: int) -> set[int]:
+    """Return the ends at which a path of `length` tokens keeps end states.
+
+    The message ends that policy keeps, and inside long messages one every so often.
+    """
+    boundaries = set(message_ends)
+    kept = states_to_keep(message_ends, length)
     last = 0
-    for end in ends:
+    for end in finished_ends(message_ends, length, segment_tokens):
         if end in boundaries:
             last = end
         elif end - last >= STATE_SPACING_TOKENS:
-            spaced.add(end)
+            kept.add(end)
             last = end
-    return spaced
+    return kept
 
 
 def chunk_end(position: int, plan: Plan, size: int) -> int:

@@ -73,18 +73,20 @@ class SegmentCache(Generic[P]):
         traits: Traits,
         budget_nbytes: int,
         segment_nbytes: Callable[[int, bool], int],
+        on_drop: Callable[[], None] = lambda: None,
     ) -> None:
         self.traits = traits
         self.budget_nbytes = budget_nbytes
         self.fingerprint = fingerprint
         self._segment_nbytes = segment_nbytes
+        self._on_drop = on_drop
         # By the namespace itself, not by a hash of it: callers choose a part of it (`cache_salt`),
         # and XXH3 does not resist one who looks for another caller's.
         self._trees: dict[bytes, Tree[P]] = {}
         self._names: dict[Hashable, Node[P]] = {}
         self._leaves: EvictionQueue[Node[P]] = EvictionQueue()
         self._dropped: list[P] = []
-        self._stored_nbytes = 0
+        self._stored_nbytes = self._num_segments = self._num_tokens = 0
         self._reserved_nbytes = 0
         self._tick = 0
         self._counts: Counter[str] = Counter()
@@ -232,6 +234,8 @@ class SegmentCache(Generic[P]):
                 parent = node.parent
                 self._remove(node)
                 node = parent
+        if drop:
+            self._on_drop()
 
     def usage(self, namespace: bytes, token_ids: TokenIds) -> PathUsage:
         """Return what is held of the path `token_ids`."""
@@ -255,8 +259,8 @@ class SegmentCache(Generic[P]):
                 "stored_bytes": self._stored_nbytes,
                 "working_bytes": self._reserved_nbytes,
                 "references": len(self._names),
-                "segments": sum(1 for tree in self._trees.values() for _ in tree),
-                "tokens": sum(len(node.tokens) for tree in self._trees.values() for node in tree),
+                "segments": self._num_segments,
+                "tokens": self._num_tokens,
                 "lookups": self._counts["lookups"],
                 "published_tokens": self._counts["published_tokens"],
                 "evicted_segments": self._counts["evicted"],
@@ -267,7 +271,7 @@ class SegmentCache(Generic[P]):
     def check(self) -> None:
         """Recount everything and raise AssertionError on any difference; for tests."""
         with self._lock:
-            total = 0
+            total = num_segments = num_tokens = 0
             named = {}
             for tree in self._trees.values():
                 for node in tree:
@@ -276,8 +280,11 @@ class SegmentCache(Generic[P]):
                     assert node.parent.children[int(node.tokens[0])] is node
                     assert node.leases >= 0
                     total += node.payload.nbytes
+                    num_segments += 1
+                    num_tokens += len(node.tokens)
                     named.update(dict.fromkeys(node.names, node))
             assert total == self._stored_nbytes, (total, self._stored_nbytes)
+            assert (num_segments, num_tokens) == (self._num_segments, self._num_tokens)
             assert named == self._names
             assert self._stored_nbytes + self._reserved_nbytes <= self.budget_nbytes
 
@@ -336,6 +343,7 @@ class SegmentCache(Generic[P]):
         upper = tree.split(node, position)
         assert upper.payload is not None and node.payload is not None
         self._stored_nbytes += upper.payload.nbytes + node.payload.nbytes - before
+        self._num_segments += 1
         return upper
 
     def _store(
@@ -359,6 +367,8 @@ class SegmentCache(Generic[P]):
         else:
             node = tree.add(node, tokens, payload)
             self._counts["published_tokens"] += len(tokens)
+            self._num_segments += 1
+            self._num_tokens += len(tokens)
         self._touch(node)
         self._offer(node)
         return True
@@ -389,6 +399,8 @@ class SegmentCache(Generic[P]):
         assert parent is not None and node.payload is not None
         del parent.children[int(node.tokens[0])]
         self._stored_nbytes -= node.payload.nbytes
+        self._num_segments -= 1
+        self._num_tokens -= len(node.tokens)
         self._dropped.append(node.payload)
         node.payload = None
         self._leaves.discard(node)

@@ -15,11 +15,11 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kvserve.cache.codec import SegmentPayload
+from kvserve.cache.codec import LONGEST_CHUNK_TOKENS, SegmentPayload
 from kvserve.cache.segments import SegmentCache
 from kvserve.core.errors import ContextTooLong, InvalidRequest, NotReady, QueueFull
 from kvserve.core.types import Event, Finished, GenerationRequest
-from kvserve.engine.loop import Call, Cancel, Cancelled, Command, EngineLoop, Stop
+from kvserve.engine.loop import FAILURE, Call, Cancel, Cancelled, Command, EngineLoop, Stop
 from kvserve.engine.memory import default_budget
 from kvserve.engine.model import LoadedModel, ModelInfo
 from kvserve.engine.run import Run
@@ -27,8 +27,6 @@ from kvserve.engine.scheduler import ChunkSizer
 from kvserve.engine.working import WorkingCaches
 
 log = logging.getLogger(__name__)
-
-MAX_CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +119,7 @@ class Engine:
         self._model: LoadedModel | None = None
         self._cache: SegmentCache[SegmentPayload] | None = None
         self._loop: EngineLoop | None = None
-        self._sizer = ChunkSizer(settings.prefill_slice_s, MAX_CHUNK_TOKENS)
+        self._sizer = ChunkSizer(settings.prefill_slice_s, LONGEST_CHUNK_TOKENS)
         self._stopping = False
 
     # -- life ---------------------------------------------------------------------------------
@@ -249,7 +247,11 @@ class Engine:
                 model = replace(model, info=replace(model.info, caching=False, notes=notes))
             budget = settings.budget_nbytes or default_budget(model.weights_nbytes)
             self._cache = SegmentCache(
-                model.info.fingerprint, model.traits, budget, model.footprint.segment
+                model.info.fingerprint,
+                model.traits,
+                budget,
+                model.footprint.segment,
+                on_drop=lambda: self._inbox.put(Call(self.cache.bury)),
             )
             self._model = model
             self._loop = EngineLoop(
@@ -269,7 +271,7 @@ class Engine:
             self._loop.run()
         except BaseException:  # loop ring: nothing can be answered any more
             log.exception("the engine has died")
-            self.failure = "The engine has failed; the server must be restarted."
+            self.failure = FAILURE
             self._call_soon(self._answer_the_late)
 
     def _answer_the_late(self) -> None:

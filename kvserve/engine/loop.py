@@ -40,6 +40,9 @@ FULL_LOGITS_TOKENS = 64
 longer one leaves its last token for a pass of its own, since a wide output layer is dear."""
 
 
+FAILURE = "The engine has failed; the server must be restarted."
+
+
 @dataclass(frozen=True, slots=True)
 class Cancel:
     """Ask the loop to give up a run; what it has computed is kept."""
@@ -132,7 +135,7 @@ class EngineLoop:
             while not self._stopping:
                 self.advance()
         finally:
-            self._dismiss_all()
+            self._dismiss_all("The server is stopping." if self._stopping else FAILURE)
             self._flush()
 
     def advance(self) -> None:
@@ -194,14 +197,14 @@ class EngineLoop:
         self._leave(run)
         run.emit(error)
 
-    def _dismiss_all(self) -> None:
+    def _dismiss_all(self, why: str) -> None:
         runs = [*self._line.dismiss(), *self._prefilling, *self._decoding]
         while not self._inbox.empty():
             command = self._inbox.get()
             if isinstance(command, Run):
                 runs.append(command)
         for run in runs:
-            run.emit(NotReady("The server is stopping."))
+            run.emit(NotReady(why))
 
     # -- admission ----------------------------------------------------------------------------
 
@@ -226,34 +229,29 @@ class EngineLoop:
     def _step(self) -> None:
         ahead = [run for run in self._prefilling if not self._is_behind(run)]
         prefills = [Prefill(run.length - run.num_fed, run.passed_over) for run in ahead]
-        step = next_step(
-            len(self._decoding),
-            prefills,
-            decoded_last=self._decoded_last,
-            chunk_size=self._sizer.size(streams=bool(self._decoding)),
-        )
-        match step:
-            case Chunk(index, size):
+        match next_step(len(self._decoding), prefills, decoded_last=self._decoded_last):
+            case Chunk(index):
                 self._decoded_last = False
-                self._prefill(ahead[index], size)
+                self._prefill(ahead[index])
             case Decode():
                 self._decoded_last = True
                 self._decode()
 
-    def _prefill(self, run: Run, size: int) -> None:
+    def _prefill(self, run: Run) -> None:
         for other in self._prefilling:
             other.passed_over += other is not run and not self._is_behind(other)
         run.passed_over = 0
         try:
-            self._prefill_chunk(run, size)
+            self._prefill_chunk(run)
         except Exception as error:  # request ring
             self._fail(run, error)
 
-    def _prefill_chunk(self, run: Run, size: int) -> None:
+    def _prefill_chunk(self, run: Run) -> None:
         if run.cache is None:
             self._start(run)
         assert run.plan is not None and run.cache is not None
         token_ids = run.token_ids
+        size = self._sizer.size(run.num_fed, streams=bool(self._decoding))
         begin, end = run.num_fed, chunk_end(run.num_fed, run.plan, size)
         if end == run.plan.length and end - begin > FULL_LOGITS_TOKENS:
             end -= 1
@@ -263,7 +261,7 @@ class EngineLoop:
             self._working.make_room_at_once(run)
         mx.eval(arrays_of(run.cache))
         elapsed = time.monotonic() - started
-        self._sizer.record(end - begin, elapsed)
+        self._sizer.record(end - begin, elapsed, begin)
         self.counters.longest_chunk_s = max(self.counters.longest_chunk_s, elapsed)
         self.counters.prefilled_tokens += end - begin
         run.num_fed = end

@@ -13,8 +13,7 @@ from functools import partial
 import mlx.core as mx
 
 from kvserve.cache.codec import SegmentPayload, capture, reserve_room, restore
-from kvserve.cache.plan import plan, segment_ends
-from kvserve.cache.policy import states_to_keep
+from kvserve.cache.plan import finished_ends, plan, state_ends
 from kvserve.cache.segments import SegmentCache
 from kvserve.engine.model import LoadedModel
 from kvserve.engine.run import Run
@@ -120,8 +119,7 @@ class WorkingCaches:
         position = run.num_fed
         token_ids = run.token_ids[:position]
         # The suffix that opens the reply, and the reply, are cut like a message of their own.
-        ends = [end for end in segment_ends(run.message_ends, position, self._segment_tokens)
-                if end < position or end in run.message_ends]  # fmt: skip
+        ends = finished_ends(run.message_ends, position, self._segment_tokens)
         if tip:
             ends.append(position)
         traits = self._model.traits
@@ -137,7 +135,8 @@ class WorkingCaches:
                 break
             run.num_published = end
         if tip and traits.stateful:
-            keep = states_to_keep([*run.message_ends, position], position)
+            message_ends = [*run.message_ends, position]
+            keep = state_ends(message_ends, position, self._segment_tokens)
             self._cache.thin_states(
                 run.request.namespace, token_ids, keep, SegmentPayload.without_state
             )
@@ -146,8 +145,8 @@ class WorkingCaches:
         """Whether a decoding run stands at a cut that must be taken in passing."""
         if not self._model.traits.fleeting:
             return False
-        ends = run.message_ends
-        base = ends[-1] if ends else 0
+        cuts = run.request.prompt.cuts
+        base = cuts[-1].position if cuts else 0
         return (run.num_fed - base) % self._segment_tokens == 0
 
     def end(self, run: Run) -> None:

@@ -192,8 +192,8 @@ async def test_a_request_that_arrives_while_the_loop_dies_is_answered(
         event_loop = asyncio.get_running_loop()
         late: list[Any] = []
 
-        def dismiss(self: loop_module.EngineLoop) -> None:
-            original(self)
+        def dismiss(self: loop_module.EngineLoop, why: str) -> None:
+            original(self, why)
 
             async def submit() -> None:
                 try:

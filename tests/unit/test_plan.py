@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvserve.cache.plan import Plan, Traits, chunk_end, plan, segment_ends
+from kvserve.cache.plan import Plan, Traits, chunk_end, plan, segment_ends, state_ends
 from kvserve.cache.policy import STATE_SPACING_TOKENS
 from kvserve.core.types import Cut
 
@@ -83,3 +83,12 @@ def test_any_plan_covers_its_prompt_in_order(
         stops.append(end)
         position = end
     assert made.states <= set(stops)
+
+
+def test_states_inside_a_long_document_outlive_the_turns_behind_it() -> None:
+    ends = [100, 10_000]
+    planned = state_ends(ends, 10_003, 512)
+    after_turns = state_ends([*ends, 10_040, 10_080, 10_200], 10_200, 512)
+    inside = {end for end in planned if 100 < end < 10_000}
+    assert len(inside) == 2
+    assert inside <= after_turns

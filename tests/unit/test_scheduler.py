@@ -22,7 +22,7 @@ from kvserve.engine.scheduler import (
 
 def after(num_decoding: int, *remaining: int, decoded_last: bool = True) -> Step:
     prefills = [Prefill(tokens) for tokens in remaining]
-    return next_step(num_decoding, prefills, decoded_last=decoded_last, chunk_size=64)
+    return next_step(num_decoding, prefills, decoded_last=decoded_last)
 
 
 def test_without_work_there_is_nothing_to_do() -> None:
@@ -30,12 +30,12 @@ def test_without_work_there_is_nothing_to_do() -> None:
 
 
 def test_prefill_alone_goes_on_and_decode_alone_too() -> None:
-    assert after(0, 10, decoded_last=False) == Chunk(0, 64)
+    assert after(0, 10, decoded_last=False) == Chunk(0)
     assert after(3, decoded_last=True) == Decode()
 
 
 def test_the_shortest_goes_first_and_the_earliest_among_equals() -> None:
-    assert after(0, 500, 20, 20) == Chunk(1, 64)
+    assert after(0, 500, 20, 20) == Chunk(1)
 
 
 @given(
@@ -55,7 +55,7 @@ def test_a_long_prompt_is_not_passed_over_for_ever() -> None:
     remaining, passed, served = [9000, 64], [0, 0], []
     for _ in range(4 * (MAX_WAIT_CHUNKS + 1)):
         prefills = [Prefill(r, p) for r, p in zip(remaining, passed, strict=True)]
-        step = next_step(0, prefills, decoded_last=False, chunk_size=64)
+        step = next_step(0, prefills, decoded_last=False)
         assert isinstance(step, Chunk)
         served.append(step.index)
         passed = [0 if i == step.index else p + 1 for i, p in enumerate(passed)]
@@ -102,3 +102,20 @@ def test_tiny_chunks_and_zero_times_say_nothing() -> None:
     assert sizer.tokens_per_s is None
     sizer.record(512, 0.512)
     assert sizer.tokens_per_s == pytest.approx(1000)
+
+
+def test_a_chunk_behind_a_long_context_is_sized_for_dearer_tokens() -> None:
+    sizer = ChunkSizer(0.25, 2048)
+    for context in range(0, 4000, 200):
+        sizer.record(200, 200 * (0.001 + context * 1e-6), context)
+    near, far = sizer.size(0), sizer.size(16_000)
+    assert 200 <= near <= 256
+    assert far == 16
+
+
+def test_the_first_chunk_is_small_and_an_estimate_never_runs_away() -> None:
+    sizer = ChunkSizer(0.25, 2048)
+    assert sizer.size(50_000) == 64
+    sizer.record(64, 0.064, 1000)
+    sizer.record(64, 0.064, 1100)
+    assert sizer.size(0) <= 4 * 256
