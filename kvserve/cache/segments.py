@@ -18,7 +18,15 @@ from typing import Any, Generic, TypeVar
 
 from kvserve.cache.plan import Traits
 from kvserve.cache.policy import EvictionQueue
-from kvserve.cache.tree import Node, Payload, Tree, holds_window, restorable_position
+from kvserve.cache.tree import (
+    Node,
+    Payload,
+    Tree,
+    lacks_window,
+    reaches_back,
+    restorable_position,
+    shared_nbytes,
+)
 from kvserve.core.types import TokenIds
 
 P = TypeVar("P", bound=Payload)
@@ -153,7 +161,7 @@ class SegmentCache(Generic[P]):
             replaces = matched == end
             above, start = (node.parent, node.start) if replaces else (node, matched)
             assert above is not None
-            contained = _lacks_window(above, start, end) or (replaces and _reaches_back(node))
+            contained = lacks_window(above, start, end) or (replaces and reaches_back(node))
             span = max(self.traits.reach, end - start) if contained else end - start
             # Until the newcomer is in its place: another thread may drop what nobody holds.
             keep = self._hold(tree, node, matched)
@@ -247,7 +255,7 @@ class SegmentCache(Generic[P]):
                 if step.payload is not None
             ]
             nbytes = sum(size for _, _, size in segments)
-            return PathUsage(matched, nbytes, _shared(node, matched), tuple(segments))
+            return PathUsage(matched, nbytes, shared_nbytes(node, matched), tuple(segments))
 
     # -- inspection ---------------------------------------------------------------------------
 
@@ -420,32 +428,3 @@ class SegmentCache(Generic[P]):
         if node is not None:
             node.names.discard(name)
         return node
-
-
-def _lacks_window(above: Node[P], start: int, end: int) -> bool:
-    """Whether a segment `[start, end)` below `above` needs tokens that are not held there."""
-    payload = above.payload
-    if payload is None:
-        return False  # the root: nothing is before it
-    return any(
-        not holds_window(above, max(0, end - window), start, window) for window in payload.windows
-    )
-
-
-def _reaches_back(node: Node[P]) -> bool:
-    """Whether its windows hold tokens from before it, on which segments below may rely."""
-    assert node.payload is not None
-    return any(held > len(node.tokens) for held in node.payload.windows.values())
-
-
-def _shared(tip: Node[P], matched: int) -> int:
-    """Return the bytes on the path to `tip`, up to `matched`, that more than one of them uses."""
-    shared = 0
-    others = matched < tip.end or bool(tip.children) or len(tip.names) > 1
-    for node in reversed(tip.path()):
-        assert node.payload is not None
-        if node is not tip and (len(node.children) > 1 or node.names):
-            others = True
-        if others:
-            shared += node.payload.nbytes
-    return shared

@@ -221,3 +221,32 @@ def holds_window(node: Node[P], since: int, until: int, window: int) -> bool:
             return False
         here = here.parent
     return True
+
+
+def lacks_window(above: Node[P], start: int, end: int) -> bool:
+    """Whether a segment `[start, end)` below `above` needs tokens that are not held there."""
+    payload = above.payload
+    if payload is None:
+        return False  # the root: nothing is before it
+    return any(
+        not holds_window(above, max(0, end - window), start, window) for window in payload.windows
+    )
+
+
+def reaches_back(node: Node[P]) -> bool:
+    """Whether its windows hold tokens from before it, on which segments below may rely."""
+    assert node.payload is not None
+    return any(held > len(node.tokens) for held in node.payload.windows.values())
+
+
+def shared_nbytes(tip: Node[P], matched: int) -> int:
+    """Return the bytes on the path to `tip`, up to `matched`, that more than one of them uses."""
+    shared = 0
+    others = matched < tip.end or bool(tip.children) or len(tip.names) > 1
+    for node in reversed(tip.path()):
+        assert node.payload is not None
+        if node is not tip and (len(node.children) > 1 or node.names):
+            others = True
+        if others:
+            shared += node.payload.nbytes
+    return shared
