@@ -35,9 +35,10 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true", help="only measure the model's weights")
     parser.add_argument("--export", action="store_true", help="only export the latest checkpoint")
     parser.add_argument("--examples", type=int, default=40, help="per cell of the table")
+    parser.add_argument("--show", action="store_true", help="print the replies that are wrong")
     options = parser.parse_args()
     if options.evaluate:
-        print(accuracy_table(options.model, options.examples))
+        print(accuracy_table(options.model, options.examples, options.show))
         return
     config = NetworkConfig()
     folder: Path = options.checkpoints
@@ -48,7 +49,7 @@ def main() -> None:
     export_tokenizer(options.model, tokenizer, config)
     export_weights(options.model, load_parameters(folder), tokenizer, config)
     if is_finished and not options.export:
-        print(accuracy_table(options.model, options.examples))
+        print(accuracy_table(options.model, options.examples, options.show))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,12 @@ class Fact:
         """Return the same fact with another value."""
         return replace(self, value=value)
 
+    def lowered(self) -> Fact:
+        """Return the fact as a question in lower case asks for it; the value keeps its case."""
+        answer, missing = self.relation.answer.lower(), self.relation.missing.lower()
+        relation = replace(self.relation, answer=answer, missing=missing)
+        return replace(self, relation=relation, entity=self.entity.lower())
+
     def state(self, template: str) -> str:
         """Return the sentence that tells the fact."""
         return _filled(template, self.entity, self.value)
@@ -55,15 +61,13 @@ class Fact:
         """Return a question for the fact, in one of many phrasings."""
         return _filled(rng.choice(self.relation.questions), self.entity, "")
 
-    def answer(self, asked_entity: str | None = None) -> str:
-        """Return the answer that a question naming `asked_entity` gets, without capital."""
-        entity = self.entity if asked_entity is None else asked_entity
-        return _filled(self.relation.answer, _seen_by_model(entity), self.value)
+    def answer(self) -> str:
+        """Return the answer to the question, without capital."""
+        return _filled(self.relation.answer, _seen_by_model(self.entity), self.value)
 
-    def missing(self, asked_entity: str | None = None) -> str:
+    def missing(self) -> str:
         """Return the answer to the same question when the fact is not known."""
-        entity = self.entity if asked_entity is None else asked_entity
-        return _filled(self.relation.missing, _seen_by_model(entity), "")
+        return _filled(self.relation.missing, _seen_by_model(self.entity), "")
 
 
 def _filled(template: str, entity: str, value: str) -> str:
@@ -76,7 +80,9 @@ def _seen_by_model(entity: str) -> str:
     return f"your {entity[3:]}" if entity.startswith("my ") else entity
 
 
-# The first statements are the commonest: `choose_statement` prefers them.
+# The first statements are the commonest: `choose_statement` prefers them. Left out, because four
+# layers did not learn them: a value before its attribute ("{e} uses {v} as its {a}."), and nothing
+# between attribute and value ("{e}: {a} {v}").
 _STATEMENTS = (
     "the {a} of {e} is {v}.",
     "{e}'s {a} is {v}.",
@@ -85,13 +91,10 @@ _STATEMENTS = (
     "for {e}, the {a} is {v}.",
     "{a} of {e}: {v}",
     "{e} - {a}: {v}",
-    "{e}: {a} {v}",
     "{e}: {a} = {v}",
     "note that the {a} of {e} is {v}.",
     "the {a} of {e} was set to {v}.",
     "as for {e}, its {a} is {v}.",
-    "{e} uses {v} as its {a}.",
-    "everyone knows that {e} has {v} as {a}.",
 )
 _COMPOUND_STATEMENT = "the {bare} {a} is {v}."
 _QUESTIONS = (

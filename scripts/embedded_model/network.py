@@ -10,6 +10,8 @@ only where a token is to be predicted.
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from dataclasses import asdict, dataclass
 from typing import cast
 
@@ -19,6 +21,9 @@ import numpy as np
 Parameters = dict[str, mx.array]
 
 QUERY_BLOCK = 256
+
+if sys.platform == "linux" and shutil.which("g++") is None:
+    mx.disable_compile()  # it would fail; slower, the result is the same
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,49 @@ def _attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     return total[..., :dim] / total[..., dim:]
 
 
+def _attention_at(q: mx.array, k: mx.array, v: mx.array, picked: mx.array) -> mx.array:
+    """Attention like `_attention`'s, for queries that stand at `picked` [batch, queries] only."""
+    batch, kv_heads, group, num, dim = q.shape
+    seen = mx.arange(k.shape[2])[None, None, :] <= picked[:, :, None]
+    mask = mx.concatenate([seen.astype(mx.float32)[:, None]] * group, axis=2)
+    rows = q.reshape(batch, kv_heads, group * num, dim)
+    total = _weighted_values(rows @ k.swapaxes(-1, -2), v, mask)
+    total = total.reshape(batch, kv_heads, group, num, dim + 1)
+    return total[..., :dim] / total[..., dim:]
+
+
+def _attention_output(
+    parameters: Parameters,
+    config: NetworkConfig,
+    rope: Rope,
+    name: str,
+    x: mx.array,
+    picked: mx.array | None,
+) -> mx.array:
+    """Return what the attention of layer `name` reads, at all positions or at `picked` ones."""
+    batch, length, _ = x.shape
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    group, eps = heads // kv_heads, config.rms_norm_eps
+    asking = x if picked is None else _at(x, picked)
+    num = asking.shape[1]
+    q = (asking @ parameters[f"{name}q_proj.weight"].T).reshape(batch, num, heads, dim)
+    k = (x @ parameters[f"{name}k_proj.weight"].T).reshape(batch, length, kv_heads, dim)
+    v = (x @ parameters[f"{name}v_proj.weight"].T).reshape(batch, length, kv_heads, dim)
+    q = _rms_norm(q, parameters[f"{name}q_norm.weight"] * dim**-0.5, eps)
+    k = _rms_norm(k, parameters[f"{name}k_norm.weight"], eps)
+    q = rope.rotate(q.swapaxes(1, 2), picked).reshape(batch, kv_heads, group, num, dim)
+    k = rope.rotate(k.swapaxes(1, 2))
+    v = mx.concatenate([v.swapaxes(1, 2), mx.ones((batch, kv_heads, length, 1))], axis=-1)
+    out = _attention(q, k, v) if picked is None else _attention_at(q, k, v, picked)
+    out = out.reshape(batch, heads, num, dim).swapaxes(1, 2).reshape(batch, num, heads * dim)
+    return out @ parameters[f"{name}o_proj.weight"].T
+
+
+def _at(x: mx.array, picked: mx.array) -> mx.array:
+    """Return x [batch, tokens, ..] at the positions `picked` [batch, wanted]."""
+    return x[mx.arange(x.shape[0])[:, None], picked]
+
+
 def loss(
     parameters: Parameters,
     config: NetworkConfig,
@@ -209,48 +257,15 @@ def loss(
     tokens [batch, length]; picked, targets, weights [batch, wanted]: at position `picked` the next
     token should be `targets`; weight 0 marks padding.
     """
-    batch, length = tokens.shape
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    dim, group = config.head_dim, heads // kv_heads
     eps = config.rms_norm_eps
-    scale = dim**-0.5
     embedding = parameters["model.embed_tokens.weight"]
-    ones = mx.ones((batch, kv_heads, length, 1))
-    rows = mx.arange(batch)[:, None]
     h = embedding[tokens]
     for layer in range(config.num_hidden_layers):
         name = f"model.layers.{layer}."
-        is_last = layer == config.num_hidden_layers - 1
+        where = picked if layer == config.num_hidden_layers - 1 else None
         x = _rms_norm(h, parameters[f"{name}input_layernorm.weight"], eps)
-        asking = x[rows, picked] if is_last else x
-        num = asking.shape[1]
-        q = (asking @ parameters[f"{name}self_attn.q_proj.weight"].T).reshape(
-            batch, num, heads, dim
-        )
-        k = (x @ parameters[f"{name}self_attn.k_proj.weight"].T).reshape(
-            batch, length, kv_heads, dim
-        )
-        v = (x @ parameters[f"{name}self_attn.v_proj.weight"].T).reshape(
-            batch, length, kv_heads, dim
-        )
-        q = _rms_norm(q, parameters[f"{name}self_attn.q_norm.weight"] * scale, eps)
-        k = _rms_norm(k, parameters[f"{name}self_attn.k_norm.weight"], eps)
-        q = rope.rotate(q.swapaxes(1, 2), picked if is_last else None)
-        k = rope.rotate(k.swapaxes(1, 2))
-        v = mx.concatenate([v.swapaxes(1, 2), ones], axis=-1)
-        q = q.reshape(batch, kv_heads, group, num, dim)
-        if is_last:
-            h = h[rows, picked]
-            seen = (mx.arange(length)[None, None, :] <= picked[:, :, None]).astype(mx.float32)
-            seen = mx.concatenate([seen[:, None]] * group, axis=2)
-            q = q.reshape(batch, kv_heads, group * num, dim)
-            total = _weighted_values(q @ k.swapaxes(-1, -2), v, seen)
-            total = total.reshape(batch, kv_heads, group, num, dim + 1)
-            out = total[..., :dim] / total[..., dim:]
-        else:
-            out = _attention(q, k, v)
-        out = out.reshape(batch, heads, num, dim).swapaxes(1, 2).reshape(batch, num, -1)
-        h = h + out @ parameters[f"{name}self_attn.o_proj.weight"].T
+        out = _attention_output(parameters, config, rope, f"{name}self_attn.", x, where)
+        h = (h if where is None else _at(h, where)) + out
         x = _rms_norm(h, parameters[f"{name}post_attention_layernorm.weight"], eps)
         gate = x @ parameters[f"{name}mlp.gate_proj.weight"].T
         up = x @ parameters[f"{name}mlp.up_proj.weight"].T

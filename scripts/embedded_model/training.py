@@ -42,7 +42,7 @@ class Run:
     num_steps: int
     seed: int
     minutes: float = float("inf")  # stop after so long, to be continued
-    decay_share: float = 0.45
+    decay_share: float = 0.585
     save_every: int = 100
 
 

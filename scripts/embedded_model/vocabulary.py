@@ -14,6 +14,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .conversation import Conversation, Message, draw_conversation
+from .document import Difficulty
 from .words import Split
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -35,6 +36,7 @@ CHAT_TEMPLATE = (
     "{{- '<|im_start|>assistant\\n' -}}\n"
     "{%- endif -%}\n"
 )
+NO_SIBLINGS = Difficulty(ease=0.0, siblings=0.0)
 _WORDS_AND_SIGNS = r" ?\p{L}+\p{M}*|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]|\s+(?!\S)|\s+"
 
 
@@ -61,7 +63,9 @@ def train_tokenizer(seed: int, num_conversations: int = 1500) -> Tokenizer:
 def _texts(seed: int, num_conversations: int) -> Iterator[str]:
     rng = random.Random(seed)
     for _ in range(num_conversations):
-        conversation = draw_conversation(rng, Split.TRAINED, rng.choice((200, 600)))
+        conversation = draw_conversation(
+            rng, Split.TRAINED, rng.choice((200, 600)), difficulty=NO_SIBLINGS
+        )
         for message in conversation.messages:
             yield f"{message.role}\n"
             yield message.text

@@ -269,6 +269,22 @@ class Words:
             return self.word()
         return self.phrase()
 
+    def sibling(self, entity: str) -> str:
+        """Return an entity that differs from `entity` in one word, if it has more than one."""
+        rng = self._rng
+        *front, last = entity.split(" ")
+        if not front:
+            return self.entity()
+        if last.isdigit():
+            return " ".join([*front, str(rng.randint(1, 99))])
+        if last in BUILDINGS:
+            return f"{rng.choice(TREES)} {last}"
+        if front[0] == "the":
+            return f"the {rng.choice(COLOURS + ADJECTIVES)} {last}"
+        if rng.random() < 0.5:
+            return " ".join([*front, rng.choice(SURNAMES)])
+        return f"{rng.choice(NAMES)} {last}"
+
     def attribute(self) -> tuple[str, str]:
         """Return an attribute and the kind of value that suits it."""
         rng = self._rng
