@@ -110,12 +110,15 @@ def two_turns(address: str, model: str) -> None:
     """Hold a chat of two turns; raise unless the second reuses the first."""
     messages = [{"role": "system", "content": "The code of the blue door is 4417."}]
     cached = []
-    for question in ("What is the code of the blue door?", "Who are you?"):
+    for question, expected in (
+        ("What is the code of the blue door?", "4417"),
+        ("Who are you?", "kvserve"),
+    ):
         messages.append({"role": "user", "content": question})
         reply = chat(address, {"model": model, "messages": messages, "max_tokens": 40})
         answer = reply["choices"][0]["message"]
-        if not answer["content"]:
-            raise SystemExit("the reply is empty")
+        if expected not in answer["content"]:
+            raise SystemExit(f"{question} was answered: {answer['content']!r}")
         messages.append({"role": "assistant", "content": answer["content"]})
         cached.append(reply["usage"]["prompt_tokens_details"]["cached_tokens"])
     if cached[0] != 0 or cached[1] == 0:
