@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +60,7 @@ class Server:
     url: str
     process: psutil.Process
     model: str
-    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=600))
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=240))
 
     def ask(self, messages: list[Message], conversation: str, **more: Any) -> dict[str, Any]:
         """Send one chat request; return its reply with `cached`, `prefilled` and `seconds`."""
@@ -131,7 +131,7 @@ def mlx_lm_server(python: Path, model: Path, scratch: Path) -> Iterator[Server]:
 Row = tuple[str, int, int, float]
 
 
-def conversation_rows(server: Server) -> Iterator[Row]:
+def conversation_rows(server: Server) -> Generator[Row, None, None]:
     """Ten turns, an edit at turn 3, a regenerate and a fork at turn 5."""
 
     def row(what: str, answer: dict[str, Any]) -> Row:
@@ -152,7 +152,7 @@ def conversation_rows(server: Server) -> Iterator[Row]:
     yield row("fork at turn 5", server.ask(fork, "a-fork"))
 
 
-def document_rows(server: Server, words: int) -> Iterator[Row]:
+def document_rows(server: Server, words: int) -> Generator[Row, None, None]:
     """One document, a first and a second user, then eighteen more; memory before and after."""
     document: Message = {"role": "system", "content": prose(words, 2)}
     before = server.rss()
@@ -165,7 +165,7 @@ def document_rows(server: Server, words: int) -> Iterator[Row]:
     yield f"20 users of it: memory grew {grown / 2**20:.0f} MiB", 0, 0, 0.0
 
 
-def cancelled_row(server: Server, words: int) -> Iterator[Row]:
+def cancelled_row(server: Server, words: int) -> Generator[Row, None, None]:
     """A client leaves half-way through a long prompt, comes back and asks again."""
     warm_up = [{"role": "system", "content": prose(words, 3)}, {"role": "user", "content": "Hm?"}]
     cold = server.ask(warm_up, "cold")
@@ -181,7 +181,7 @@ def cancelled_row(server: Server, words: int) -> Iterator[Row]:
     yield "left half-way, asked again", again["cached"], again["prefilled"], again["seconds"]
 
 
-def stall_row(server: Server, words: int) -> Iterator[Row]:
+def stall_row(server: Server, words: int) -> Generator[Row, None, None]:
     """Seven streams run while a long prompt arrives; the worst pause between two pieces of any."""
     gaps: list[float] = []
     quiet: list[float] = []
@@ -190,10 +190,10 @@ def stall_row(server: Server, words: int) -> Iterator[Row]:
 
     def stream(index: int) -> None:
         messages = [{"role": "user", "content": prose(30, 300 + index)}]
-        body = {"model": server.model, "messages": messages, "max_tokens": 2000,
+        body = {"model": server.model, "messages": messages, "max_tokens": 600,
                 "temperature": 0, "stream": True, "logit_bias": {"2": -100}}  # fmt: skip
         with httpx.stream(
-            "POST", f"{server.url}/v1/chat/completions", json=body, timeout=600
+            "POST", f"{server.url}/v1/chat/completions", json=body, timeout=240
         ) as response:
             last: float | None = None
             pieces = 0
@@ -210,28 +210,37 @@ def stall_row(server: Server, words: int) -> Iterator[Row]:
     threads = [threading.Thread(target=stream, args=(i,)) for i in range(7)]
     for thread in threads:
         thread.start()
-    while len(quiet) < 200:
+    while len(quiet) < 140 and any(thread.is_alive() for thread in threads):
         time.sleep(0.05)
     arrival.set()
     long = [{"role": "system", "content": prose(words, 5)}, {"role": "user", "content": "Hm?"}]
-    answer = server.ask(long, "long")
-    finished.set()
-    for thread in threads:
-        thread.join()
+    try:
+        answer = server.ask(long, "long")
+    finally:
+        finished.set()
+        for thread in threads:
+            thread.join()
     what = f"worst gap of 7 streams {max(gaps):.2f} s (before: {max(quiet):.2f} s)"
     yield what, answer["cached"], answer["prefilled"], answer["seconds"]
 
 
 def measure(server: Server) -> list[Row]:
-    """Run every scenario on one server."""
+    """Run every scenario on one server, printing as it goes; one that fails is a line saying so."""
     rows: list[Row] = []
+    print(f"\n{server.name}\n{'cached':>8} {'prefilled':>10} {'seconds':>8}  what", flush=True)
     for scenario in (
         conversation_rows(server),
         document_rows(server, 1550),
         cancelled_row(server, 2300),
         stall_row(server, 2450),
     ):
-        rows.extend(scenario)
+        try:
+            for row in scenario:
+                rows.append(row)
+                what, cached, prefilled, seconds = row
+                print(f"{cached:>8} {prefilled:>10} {seconds:>8.2f}  {what}", flush=True)
+        except httpx.HTTPError as error:
+            print(f"{'failed':>28}  {scenario.__name__}: {type(error).__name__}", flush=True)
     return rows
 
 
@@ -253,10 +262,6 @@ def main() -> None:
         if options.peer_python:
             with mlx_lm_server(options.peer_python, model, Path(scratch)) as server:
                 results[server.name] = measure(server)
-    for name, rows in results.items():
-        print(f"\n{name}\n{'cached':>8} {'prefilled':>10} {'seconds':>8}  what")
-        for what, cached, prefilled, seconds in rows:
-            print(f"{cached:>8} {prefilled:>10} {seconds:>8.2f}  {what}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
 
