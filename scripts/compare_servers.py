@@ -240,7 +240,7 @@ def measure(server: Server) -> list[Row]:
                 what, cached, prefilled, seconds = row
                 print(f"{cached:>8} {prefilled:>10} {seconds:>8.2f}  {what}", flush=True)
         except httpx.HTTPError as error:
-            print(f"{'failed':>28}  {scenario.__name__}: {type(error).__name__}", flush=True)
+            print(f"{'failed':>28}  {scenario.gi_code.co_name}: {type(error).__name__}", flush=True)
     return rows
 
 

@@ -23,11 +23,13 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from .conversation import (
+    MEASURED,
     WITH_DOCUMENT,
     WITHOUT_DOCUMENT,
     Conversation,
     Message,
 )
+from .document import Difficulty
 from .vocabulary import Encoder, load_tokenizer
 from .words import Split
 
@@ -102,7 +104,9 @@ def _ask_item(conversation: Conversation, num_tokens: int) -> None:
     conversation.ask_listed_item()
 
 
+PLAIN = "document, worded as asked"
 PROBES: dict[str, Callable[[Conversation, int], None]] = {
+    PLAIN: _ask_document,
     "document, first turn": _ask_document,
     "document, after 6 turns": _ask_document_late,
     "absent from the document": _ask_absent,
@@ -116,8 +120,9 @@ PROBES: dict[str, Callable[[Conversation, int], None]] = {
 def draw_probe(kind: str, num_tokens: int, seed: int, encoder: Encoder) -> Probe:
     """Return the probe number `seed` of its kind, with a prompt of about `num_tokens`."""
     rng = random.Random(f"held out/{kind}/{num_tokens}/{seed}")
+    difficulty = Difficulty(ease=1.0) if kind == PLAIN else MEASURED
     for _ in range(200):
-        conversation = Conversation(rng, Split.HELD_OUT, encoder.measure)
+        conversation = Conversation(rng, Split.HELD_OUT, encoder.measure, difficulty)
         PROBES[kind](conversation, num_tokens)
         *messages, reply = conversation.messages
         length = len(encoder.prompt(messages))
