@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +131,7 @@ def mlx_lm_server(python: Path, model: Path, scratch: Path) -> Iterator[Server]:
 Row = tuple[str, int, int, float]
 
 
-def conversation_rows(server: Server) -> Generator[Row, None, None]:
+def conversation_rows(server: Server) -> Iterator[Row]:
     """Ten turns, an edit at turn 3, a regenerate and a fork at turn 5."""
 
     def row(what: str, answer: dict[str, Any]) -> Row:
@@ -152,7 +152,7 @@ def conversation_rows(server: Server) -> Generator[Row, None, None]:
     yield row("fork at turn 5", server.ask(fork, "a-fork"))
 
 
-def document_rows(server: Server, words: int) -> Generator[Row, None, None]:
+def document_rows(server: Server, words: int) -> Iterator[Row]:
     """One document, a first and a second user, then eighteen more; memory before and after."""
     document: Message = {"role": "system", "content": prose(words, 2)}
     before = server.rss()
@@ -165,7 +165,7 @@ def document_rows(server: Server, words: int) -> Generator[Row, None, None]:
     yield f"20 users of it: memory grew {grown / 2**20:.0f} MiB", 0, 0, 0.0
 
 
-def cancelled_row(server: Server, words: int) -> Generator[Row, None, None]:
+def cancelled_row(server: Server, words: int) -> Iterator[Row]:
     """A client leaves half-way through a long prompt, comes back and asks again."""
     warm_up = [{"role": "system", "content": prose(words, 3)}, {"role": "user", "content": "Hm?"}]
     cold = server.ask(warm_up, "cold")
@@ -181,7 +181,7 @@ def cancelled_row(server: Server, words: int) -> Generator[Row, None, None]:
     yield "left half-way, asked again", again["cached"], again["prefilled"], again["seconds"]
 
 
-def stall_row(server: Server, words: int) -> Generator[Row, None, None]:
+def stall_row(server: Server, words: int) -> Iterator[Row]:
     """Seven streams run while a long prompt arrives; the worst pause between two pieces of any."""
     gaps: list[float] = []
     quiet: list[float] = []
@@ -228,11 +228,11 @@ def measure(server: Server) -> list[Row]:
     """Run every scenario on one server, printing as it goes; one that fails is a line saying so."""
     rows: list[Row] = []
     print(f"\n{server.name}\n{'cached':>8} {'prefilled':>10} {'seconds':>8}  what", flush=True)
-    for scenario in (
-        conversation_rows(server),
-        document_rows(server, 1550),
-        cancelled_row(server, 2300),
-        stall_row(server, 2450),
+    for name, scenario in (
+        ("ten turns", conversation_rows(server)),
+        ("one document", document_rows(server, 1550)),
+        ("cancelled prefill", cancelled_row(server, 2300)),
+        ("stall", stall_row(server, 2450)),
     ):
         try:
             for row in scenario:
@@ -240,7 +240,7 @@ def measure(server: Server) -> list[Row]:
                 what, cached, prefilled, seconds = row
                 print(f"{cached:>8} {prefilled:>10} {seconds:>8.2f}  {what}", flush=True)
         except httpx.HTTPError as error:
-            print(f"{'failed':>28}  {scenario.gi_code.co_name}: {type(error).__name__}", flush=True)
+            print(f"{'failed':>28}  {name}: {type(error).__name__}", flush=True)
     return rows
 
 
