@@ -237,9 +237,9 @@ def measure(server: Server) -> list[Row]:
     print(f"\n{server.name}\n{'cached':>8} {'prefilled':>10} {'seconds':>8}  what", flush=True)
     for name, scenario in (
         ("ten turns", conversation_rows(server)),
-        ("one document", document_rows(server, 1550)),
-        ("cancelled prefill", cancelled_row(server, 2300)),
-        ("stall", stall_row(server, 2450)),
+        ("one document", document_rows(server, 2720)),
+        ("cancelled prefill", cancelled_row(server, 4090)),
+        ("stall", stall_row(server, 4360)),
     ):
         try:
             for row in scenario:

@@ -231,6 +231,7 @@ class Engine:
             "prefill_tokens_per_s": self._sizer.tokens_per_s,
             "batching": "ragged" if self.model.batcher.ragged else "row by row",
             **asdict(loop.counters),
+            "failed_restores": loop.num_failed_restores,
             "cache": self.cache.stats(),
         }
 

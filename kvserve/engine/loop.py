@@ -129,6 +129,11 @@ class EngineLoop:
     def num_running(self) -> int:
         return len(self._prefilling) + len(self._decoding)
 
+    @property
+    def num_failed_restores(self) -> int:
+        """How often a held state could not be restored, which is a miss and should not happen."""
+        return self._working.num_failed_restores
+
     def run(self) -> None:
         """Work until told to stop. An exception from here is the outermost ring."""
         try:
