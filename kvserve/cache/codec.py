@@ -243,7 +243,7 @@ def _cut_window(leaf: RotatingKVCache, end: int, num_tokens: int) -> Span:
     stop = last - (leaf.offset - end)
     start = stop - num_tokens
     if start < 0:
-        num_tokens, start = max(0, stop), 0  # overwritten already: shows as a gap
+        num_tokens, start = max(0, stop), 0  # overwritten already: `windows` tells
     return Span(_cut((keys, values), start, max(start, stop)), num_tokens, leaf.max_size)
 
 
@@ -397,7 +397,3 @@ def footprint(cache: WorkingCache) -> Footprint:
             else:
                 span += per_token
     return Footprint(span, tuple(windows), state)
-
-
-FreshCache = Callable[[], WorkingCache]
-"""Makes an empty working cache of the model."""

@@ -172,11 +172,6 @@ class Tree(Generic[P]):
         parent.children[int(tokens[0])] = node
         return node
 
-    def remove(self, node: Node[P]) -> None:
-        """Take away a leaf that nobody holds."""
-        assert node.parent is not None and not node.children and not node.leases
-        del node.parent.children[int(node.tokens[0])]
-
     def __iter__(self) -> Iterator[Node[P]]:
         """Visit every segment, parents before children."""
         stack = list(self.root.children.values())
