@@ -4,10 +4,13 @@
     ├── InvalidRequest            400  a field is wrong; `param` names it
     │   └── ContextTooLong        400  prompt and reply do not fit the model's context
     ├── NotFound                  404  no such model or conversation
+    ├── Conflict                  409  what is stored, or how the server runs, forbids it
     ├── TooLarge                  413  over a limit that no waiting will lift
+    ├── Damaged                   422  what was stored can no longer be used as a whole
     ├── QueueFull                 429  try again after `retry_after_s`
     ├── NotReady                  503  loading, stopping, or the engine has died
-    └── RequestFailed             500  the request broke inside; its batch-mates did not
+    ├── RequestFailed             500  the request broke inside; its batch-mates did not
+    └── OutOfSpace                507  a guard of the disk refused a write; nothing was changed
 
 Messages are shown to clients: they name the field and what is accepted, and never hold a path, a
 stack trace or another user's text. The mapping to HTTP statuses lives in `kvserve.api.errors`.
@@ -50,8 +53,16 @@ class NotFound(KvserveError):
     """The named model or conversation does not exist for this caller."""
 
 
+class Conflict(KvserveError):
+    """The request contradicts what is stored, or how the server was started."""
+
+
 class TooLarge(KvserveError):
     """The request is over a fixed limit."""
+
+
+class Damaged(KvserveError):
+    """What was stored is damaged; the message says how much of it can still be used."""
 
 
 class QueueFull(KvserveError):
@@ -68,3 +79,7 @@ class NotReady(KvserveError):
 
 class RequestFailed(KvserveError):
     """The computation of this one request failed."""
+
+
+class OutOfSpace(KvserveError):
+    """A write was refused by a guard, or the disk is full; nothing was changed."""

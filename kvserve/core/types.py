@@ -70,7 +70,7 @@ class GenerationRequest:
 
     `namespace` separates callers: states are shared only between requests of equal namespace.
     `stop` strings end the reply and are not part of it. With `use_cache` off nothing is reused
-    and nothing is kept.
+    and nothing is kept. With `max_tokens` 0 the prompt is prefilled and nothing else.
     """
 
     request_id: str
@@ -94,11 +94,14 @@ class Started:
     """The request has been admitted and its prefill begins.
 
     `num_cached` prompt tokens come from stored state, `num_prefill` are computed; their sum is
-    the length of the prompt.
+    the length of the prompt. `num_from_disk` of the former were read from disk; `damaged` says
+    that more would have been, had a file not been damaged.
     """
 
     num_cached: int
     num_prefill: int
+    num_from_disk: int = 0
+    damaged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,8 @@ class Finished:
     """The reply is complete.
 
     `token_ids` are all generated tokens, an end-of-turn token included. `num_stored` is how many
-    tokens of prompt + reply now lie in the cache, counted from the start.
+    tokens of prompt + reply now lie in the cache, counted from the start; those that were reused
+    may lie on disk only.
     """
 
     reason: FinishReason

@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ["cli", "app", "config", "api", "chat", "engine", "cache", "store", "core", "embedded"]
 PURE = {
-    *("core.types", "core.errors", "chat.cuts", "chat.miss", "engine.scheduler"),
-    *("cache.keys", "cache.tree", "cache.policy", "cache.plan"),
+    *("core.types", "core.errors", "core.identity", "chat.cuts", "chat.miss", "engine.scheduler"),
+    *("chat.branching", "chat.holdings", "chat.records", "chat.refusals"),
+    *("cache.tree", "cache.policy", "cache.plan", "cache.stored"),
+    *("store.layout", "store.slicing", "store.snapshot_header", "store.guards"),
 }
 IMPURE = {"mlx", "mlx_lm", "time", "datetime", "threading", "asyncio", "os", "pathlib", "random"}
 MLX_USERS = ("engine.*", "cache.codec*")
@@ -68,7 +70,7 @@ def test_every_import_points_down() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("core.types", "from kvserve.cache import keys"),
+        ("core.types", "from kvserve.cache import tree"),
         ("engine.loop", "from kvserve import api"),
         ("cache.tree", "def f():\n    import kvserve.chat.turn"),
         ("chat.turn", "from kvserve.config import Settings"),

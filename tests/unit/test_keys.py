@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from kvserve.cache.keys import prefix_key, root_key
+from kvserve.core.keys import prefix_key, root_key
 
 ROOT = root_key("weights", b"tenant")
 
