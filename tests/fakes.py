@@ -18,7 +18,9 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache
 
-from kvserve.cache.codec import arrays_of, footprint, traits_of
+from kvserve.cache.codec import arrays_of, traits_of
+from kvserve.cache.codec_forms import footprint, forms_of
+from kvserve.core.identity import ModelIdentity
 from kvserve.core.types import (
     Cut,
     Finished,
@@ -63,7 +65,7 @@ def _mix_numpy(x: Any) -> Any:
 
 
 class FakeNetwork:
-    """`network(tokens, cache)` as a model of mlx-lm; logits of the last token only.
+    """`network(tokens, cache)` as a model of mlx-lm, logits of every token that is fed.
 
     `before` is called first, with the token ids of each row and the contents of each row's cache
     so far; what it raises is raised.
@@ -88,18 +90,24 @@ class FakeNetwork:
             for x in (tokens, positions)
         )
         held_keys, held_values = leaf.update_and_fetch(keys, values)
-        rows = [
-            self._logits(held_keys[i].reshape(-1, HEAD_DIM), held_values[i].reshape(-1, HEAD_DIM))
-            for i in range(num_rows)
-        ]
-        return mx.stack(rows)[:, None, :]
+        rows = []
+        for i in range(num_rows):
+            keys, values = (part[i].reshape(-1, HEAD_DIM) for part in (held_keys, held_values))
+            rows.append(self._logits(keys, values, num_tokens))
+        return mx.stack(rows)
 
-    def _logits(self, keys: mx.array, values: mx.array) -> mx.array:
-        """Return `[vocab]` for everything that one row holds, `[tokens, dim]`."""
+    def _logits(self, keys: mx.array, values: mx.array, num_fed: int) -> mx.array:
+        """Return `[num_fed, vocab]`, each row for all that was held with its token.
+
+        `keys` and `values` are what one row holds, `[tokens, dim]`.
+        """
+        num_held = keys.shape[0]
         dims = mx.arange(HEAD_DIM).astype(mx.uint32) * _u32(_DIM)
         entries = keys.astype(mx.uint32) * _u32(_TOKEN) + values.astype(mx.uint32) * _u32(_POSITION)
-        state = mx.sum(_mix(entries + dims)) + _u32(keys.shape[0]) * _u32(_QUERY)
-        words = _mix(state + mx.arange(self.vocab_size).astype(mx.uint32) * _u32(_WORD))
+        sums = mx.cumsum(mx.sum(_mix(entries + dims), axis=-1))[-num_fed:]
+        counts = mx.arange(num_held - num_fed + 1, num_held + 1).astype(mx.uint32)
+        states = (sums + counts * _u32(_QUERY))[:, None]
+        words = _mix(states + mx.arange(self.vocab_size).astype(mx.uint32) * _u32(_WORD))
         return (words >> _u32(8)).astype(mx.float32) * (8 / 2**24)
 
 
@@ -126,6 +134,20 @@ def expected_reply(prompt: Sequence[int], num_tokens: int) -> Tokens:
     return reply
 
 
+def fake_identity(weights: str) -> ModelIdentity:
+    """Return the identity of a model that was made, not read from files."""
+    return ModelIdentity(
+        weights=weights,
+        config="fake",
+        quantisation="none",
+        adapter="",
+        tokenizer="fake",
+        chat_template="fake",
+        kv_dtype="float32",
+        layout="1",
+    )
+
+
 def fake_model(network: FakeNetwork, *, context_length: int = 16_384) -> LoadedModel:
     """Return the fake as the engine loads it; call it on the engine thread.
 
@@ -143,7 +165,7 @@ def fake_model(network: FakeNetwork, *, context_length: int = 16_384) -> LoadedM
     mx.eval(forward(mx.array([[1, 2, 3]]), used))
     network.before = before
     return LoadedModel(
-        info=ModelInfo("fake", context_length, "fake", 0, (), True),
+        info=ModelInfo("fake", context_length, fake_identity("fake"), 0, (), True),
         forward=forward,
         tokenizer=train_tokenizer(),
         eos_token_ids=frozenset(),
@@ -151,6 +173,7 @@ def fake_model(network: FakeNetwork, *, context_length: int = 16_384) -> LoadedM
         fresh_cache=fresh,
         traits=traits_of(fresh()),
         footprint=footprint(used),
+        forms=forms_of(used),
         weights_nbytes=0,
         batcher=Batcher(forward),
     )

@@ -35,7 +35,7 @@ from kvserve.cache.plan import Traits
 WorkingCache = list[Any]
 
 _SPANS = (KVCache, ConcatenateKVCache, QuantizedKVCache)
-_TOKEN_AXIS = -2
+TOKEN_AXIS = -2
 
 LONGEST_CHUNK_TOKENS = 2048
 """No chunk of prefill is longer."""
@@ -144,6 +144,9 @@ class SegmentPayload:
         return SegmentPayload(self.length, parts)
 
 
+SegmentPath = Sequence[tuple[int, int, SegmentPayload]]
+"""`(start, end, payload)` of consecutive segments, as `SegmentCache.payloads` gives them."""
+
 _MISSING = State({})
 """Stands for an end state that was not kept at this position."""
 
@@ -156,16 +159,16 @@ def _nbytes(part: Span | State | None) -> int:
     if part is None:
         return 0
     held = part.arrays if isinstance(part, Span) else part.attributes
-    return sum(leaf.nbytes for leaf in _arrays_in(held))
+    return sum(leaf.nbytes for leaf in arrays_in(held))
 
 
-def _arrays_in(tree: Any) -> list[mx.array]:
+def arrays_in(tree: Any) -> list[mx.array]:
     if isinstance(tree, mx.array):
         return [tree]
     if isinstance(tree, dict):
         tree = list(tree.values())
     if isinstance(tree, list | tuple):
-        return [array for part in tree for array in _arrays_in(part)]
+        return [array for part in tree for array in arrays_in(part)]
     return []
 
 
@@ -175,7 +178,7 @@ def _evaluate(payloads: Iterable[SegmentPayload]) -> None:
         for part in payload.parts:
             if part is not None:
                 held = part.arrays if isinstance(part, Span) else part.attributes
-                arrays.extend(_arrays_in(held))
+                arrays.extend(arrays_in(held))
     mx.eval(arrays)
 
 
@@ -226,6 +229,44 @@ def capture(
     return payload
 
 
+def section(segments: SegmentPath, start: int, end: int, *, contained: bool) -> SegmentPayload:
+    """Return the state of the tokens `[start, end)`, however `segments` are cut.
+
+    As `capture` would have taken it, but of a window only what is held, and end states only if a
+    segment ends at `end`. `segments` lie end to end from the root, without holes. Arrays are
+    lazy: shapes can be asked for at no cost, and nothing is copied if a segment fits.
+    Raises LookupError if `segments` end before `end`.
+    """
+    assert 0 <= start < end
+    behind = [segment for segment in segments if segment[0] < end]
+    if not behind or behind[-1][1] < end:
+        raise LookupError(f"tokens up to {end} are not held")
+    _, tip_end, tip = behind[-1]
+    parts: list[Span | State | None] = []
+    for index, part in enumerate(tip.parts):
+        if isinstance(part, State):
+            parts.append(part if end == tip_end else _MISSING)
+        elif part is None:
+            parts.append(None)
+        elif part.window is None:
+            pieces = _collect(behind, index, start, end)
+            parts.append(Span(_joined(pieces, part), end - start))
+        else:
+            first = max(0, end - part.window) if contained else max(start, end - part.window)
+            pieces, first = _held(behind, index, first, end)
+            parts.append(Span(_joined(pieces, part), end - first, part.window))
+    return SegmentPayload(end - start, parts)
+
+
+def _joined(pieces: list[Any] | None, like: Span) -> Any:
+    """Join arrays along the tokens; no pieces make arrays like those of `like` without tokens."""
+    if not pieces:
+        return tree_map(lambda a: a[..., :0, :], like.arrays)
+    if len(pieces) == 1:
+        return pieces[0]
+    return tree_map(lambda *arrays: mx.concatenate(list(arrays), axis=TOKEN_AXIS), *pieces)
+
+
 def _copy(value: Any) -> Any:
     """Copy an attribute: later writes in place must not reach the copy."""
     return mx.contiguous(value) if isinstance(value, mx.array) else value
@@ -239,7 +280,7 @@ def _cut_window(leaf: RotatingKVCache, end: int, num_tokens: int) -> Span:
     """
     unroll: Callable[[Any], mx.array] = leaf._temporal_order
     keys, values = unroll(leaf.keys), unroll(leaf.values)
-    last = keys.shape[_TOKEN_AXIS]
+    last = keys.shape[TOKEN_AXIS]
     stop = last - (leaf.offset - end)
     start = stop - num_tokens
     if start < 0:
@@ -252,7 +293,7 @@ def _cut_window(leaf: RotatingKVCache, end: int, num_tokens: int) -> Span:
 
 def restore(
     fresh: WorkingCache,
-    segments: Sequence[tuple[int, int, SegmentPayload]],
+    segments: SegmentPath,
     num_tokens: int,
     capacity: int,
 ) -> None:
@@ -280,24 +321,36 @@ def restore(
     mx.eval(arrays_of(fresh))
 
 
-def _collect(
-    segments: Sequence[tuple[int, int, SegmentPayload]], index: int, first: int, last: int
-) -> list[Any] | None:
-    """Return the arrays of leaf `index` for the tokens `[first, last)`, in order of position."""
+def _collect(segments: SegmentPath, index: int, first: int, last: int) -> list[Any] | None:
+    """Return the arrays of leaf `index` for the tokens `[first, last)`, in order of position.
+
+    None for a leaf that the model does not use. Raises LookupError if a token is not held.
+    """
+    if segments[-1][2].parts[index] is None:
+        return None
+    pieces, reached = _held(segments, index, first, last)
+    if reached > first:
+        raise LookupError(f"tokens [{first}, {reached}) are not held")
+    return pieces
+
+
+def _held(segments: SegmentPath, index: int, first: int, last: int) -> tuple[list[Any], int]:
+    """Return what is held of leaf `index` right before `last`, in order of position.
+
+    The second value is where that begins: `first`, or later if a token in between is not held.
+    """
     pieces: list[Any] = []
     wanted = last
     for segment_start, end, payload in reversed(segments):
         part = payload.parts[index]
-        if part is None:
-            return None  # a leaf that the model does not use
-        if wanted <= first:
+        if wanted <= first or part is None:
             break
         assert isinstance(part, Span)
         held_from = end - part.num_tokens
         if segment_start >= wanted and held_from >= wanted:
             continue  # a window behind it reaches back before it
         if held_from >= wanted or end < wanted:
-            raise LookupError(f"tokens up to {wanted} are not held")
+            break
         start, stop = max(first, held_from), wanted
         if start == held_from and stop == end:
             pieces.append(part.arrays)
@@ -305,10 +358,8 @@ def _collect(
             a, b = start - held_from, stop - held_from
             pieces.append(tree_map(lambda x, a=a, b=b: x[..., a:b, :], part.arrays))
         wanted = start
-    if wanted > first:
-        raise LookupError(f"tokens [{first}, {wanted}) are not held")
     pieces.reverse()
-    return pieces
+    return pieces, wanted
 
 
 def _fill(leaf: Any, pieces: list[Any], num_tokens: int, room: int) -> None:
@@ -318,14 +369,14 @@ def _fill(leaf: Any, pieces: list[Any], num_tokens: int, room: int) -> None:
         parts = list(arrays)
         if room and type(leaf) is not ConcatenateKVCache:
             shape = list(parts[0].shape)
-            shape[_TOKEN_AXIS] = room
+            shape[TOKEN_AXIS] = room
             parts.append(mx.zeros(shape, parts[0].dtype))
-        return mx.concatenate(parts, axis=_TOKEN_AXIS)
+        return mx.concatenate(parts, axis=TOKEN_AXIS)
 
     leaf.keys, leaf.values = tree_map(join, *pieces)
     leaf.offset = num_tokens
     if type(leaf) is RotatingKVCache:
-        leaf._idx = leaf.keys.shape[_TOKEN_AXIS]
+        leaf._idx = leaf.keys.shape[TOKEN_AXIS]
 
 
 def reserve_room(cache: WorkingCache, capacity: int) -> None:
@@ -336,11 +387,11 @@ def reserve_room(cache: WorkingCache, capacity: int) -> None:
     for leaf in leaves(cache):
         if type(leaf) is not KVCache or leaf.keys is None or leaf.values is None:
             continue
-        room = capacity - leaf.keys.shape[_TOKEN_AXIS]
+        room = capacity - leaf.keys.shape[TOKEN_AXIS]
         if room > 0:
             leaf.keys, leaf.values = (
                 mx.concatenate(
-                    [a, mx.zeros((*a.shape[:-2], room, a.shape[-1]), a.dtype)], axis=_TOKEN_AXIS
+                    [a, mx.zeros((*a.shape[:-2], room, a.shape[-1]), a.dtype)], axis=TOKEN_AXIS
                 )
                 for a in (leaf.keys, leaf.values)
             )
@@ -350,50 +401,5 @@ def arrays_of(cache: WorkingCache) -> list[mx.array]:
     """Return every array in a working cache, for `mx.eval`."""
     arrays: list[mx.array] = []
     for leaf in leaves(cache):
-        arrays.extend(_arrays_in(vars(leaf)))
+        arrays.extend(arrays_in(vars(leaf)))
     return arrays
-
-
-# -- sizes -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Footprint:
-    """Bytes of a model's state: per token of plain spans, per token of each window, fixed."""
-
-    span_nbytes: int
-    windows: tuple[tuple[int, int], ...]
-    state_nbytes: int
-
-    def working(self, num_tokens: int) -> int:
-        """Return the bytes of a working cache of `num_tokens`, growth steps included."""
-        rounded = -(-num_tokens // KVCache.step) * KVCache.step
-        # While a chunk is computed, a window's buffer holds all of it behind the window.
-        windows = sum(
-            size * min(rounded, window + LONGEST_CHUNK_TOKENS) for window, size in self.windows
-        )
-        return self.span_nbytes * rounded + windows + self.state_nbytes
-
-    def segment(self, num_tokens: int, with_state: bool) -> int:
-        """Return about the bytes of a segment's payload; exact but for states that grow."""
-        windows = sum(size * min(num_tokens, window) for window, size in self.windows)
-        return self.span_nbytes * num_tokens + windows + self.state_nbytes * with_state
-
-
-def footprint(cache: WorkingCache) -> Footprint:
-    """Measure a working cache that holds some tokens."""
-    span = state = 0
-    windows: list[tuple[int, int]] = []
-    for leaf in leaves(cache):
-        form = form_of(leaf)
-        limit = getattr(leaf, "max_size", getattr(leaf, "chunk_size", None))
-        if form == "state" and not isinstance(limit, int):
-            state += sum(a.nbytes for a in _arrays_in(vars(leaf)))
-        elif leaf.keys is not None:
-            arrays = _arrays_in((leaf.keys, leaf.values))
-            per_token = sum(a.nbytes // max(1, a.shape[_TOKEN_AXIS]) for a in arrays)
-            if isinstance(limit, int):  # windows, and states that grow like one
-                windows.append((limit, per_token))
-            else:
-                span += per_token
-    return Footprint(span, tuple(windows), state)

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from kvserve.cache.plan import Traits
-from kvserve.cache.policy import EvictionQueue
+from kvserve.cache.policy import SAMPLED_TOKENS, Ageing, EvictionQueue, Order, sample_keys
 from kvserve.cache.tree import (
     Node,
     Payload,
@@ -48,15 +48,17 @@ class PathUsage:
 class Lease(Generic[P]):
     """A looked-up path that cannot be evicted until `SegmentCache.release` gives it back.
 
-    `num_tokens` leading tokens of the prompt can be restored from it.
+    `num_tokens` leading tokens of the prompt can be restored from it. A `yielding` lease protects
+    only as long as room can be made without it: then it is taken back and `released` is True.
     """
 
-    __slots__ = ("node", "num_tokens", "released", "tree")
+    __slots__ = ("node", "num_tokens", "released", "tree", "yielding")
 
-    def __init__(self, tree: Tree[P], node: Node[P], num_tokens: int) -> None:
+    def __init__(self, tree: Tree[P], node: Node[P], num_tokens: int, yielding: bool) -> None:
         self.tree = tree
         self.node = node
         self.num_tokens = num_tokens
+        self.yielding = yielding
         self.released = False
 
 
@@ -92,7 +94,10 @@ class SegmentCache(Generic[P]):
         # and XXH3 does not resist one who looks for another caller's.
         self._trees: dict[bytes, Tree[P]] = {}
         self._names: dict[Hashable, Node[P]] = {}
+        self._turns: dict[Hashable, int] = {}  # outlive eviction, until the name is unbound
+        self._ageing = Ageing(budget_nbytes)
         self._leaves: EvictionQueue[Node[P]] = EvictionQueue()
+        self._yielding: dict[Lease[P], None] = {}  # oldest first
         self._dropped: list[P] = []
         self._stored_nbytes = self._num_segments = self._num_tokens = 0
         self._reserved_nbytes = 0
@@ -102,21 +107,39 @@ class SegmentCache(Generic[P]):
 
     # -- looking up ---------------------------------------------------------------------------
 
-    def lookup(self, namespace: bytes, token_ids: TokenIds, limit: int | None = None) -> Lease[P]:
-        """Return a lease on the longest stored prefix, at most `limit` tokens of it restorable."""
+    def lookup(
+        self,
+        namespace: bytes,
+        token_ids: TokenIds,
+        limit: int | None = None,
+        *,
+        yielding: bool = False,
+    ) -> Lease[P]:
+        """Return a lease on the longest stored prefix, at most `limit` tokens of it restorable.
+
+        `yielding` is for work that can be given up: such a lease is no use and ages nothing, and is
+        taken back when nothing else can be evicted.
+        """
         with self._lock:
-            self._counts["lookups"] += 1
+            self._counts["lookups"] += not yielding
             tree = self._trees[namespace] = self._tree(namespace)
-            return self._lease(tree, tree.root, token_ids, limit)
+            return self._lease(tree, tree.root, token_ids, limit, yielding)
+
+    def held(self, namespace: bytes, token_ids: TokenIds, limit: int | None = None) -> int:
+        """Return how many leading tokens could be restored right now, without holding them."""
+        with self._lock:
+            node, matched = self._tree(namespace).walk(token_ids)
+            return restorable_position(node, matched, len(token_ids) if limit is None else limit)
 
     def extend(self, lease: Lease[P], token_ids: TokenIds, limit: int | None = None) -> Lease[P]:
         """Return a lease on what has been stored since, and give `lease` back."""
         with self._lock:
-            origin = lease.node
+            lost = lease.released or _is_dropped(lease.node)
+            origin = lease.tree.root if lost else lease.node
             # A split may have left the leased node behind the position, where others now part.
             while origin.start >= lease.num_tokens and origin.parent is not None:
                 origin = origin.parent
-            longer = self._lease(lease.tree, origin, token_ids, limit)
+            longer = self._lease(lease.tree, origin, token_ids, limit, lease.yielding)
             self._release(lease)
             return longer
 
@@ -129,8 +152,11 @@ class SegmentCache(Generic[P]):
         """Return `(start, end, payload)` of the leased segments from the root on, in order.
 
         The last may reach beyond `lease.num_tokens`: only its leading tokens are to be used.
+        Raises LookupError if the lease was given or taken back, or its path dropped.
         """
         with self._lock:
+            if lease.released or _is_dropped(lease.node):
+                raise LookupError("what was held is no longer")
             found = []
             for node in lease.node.path():
                 if node.start >= lease.num_tokens:
@@ -164,17 +190,50 @@ class SegmentCache(Generic[P]):
             contained = lacks_window(above, start, end) or (replaces and reaches_back(node))
             span = max(self.traits.reach, end - start) if contained else end - start
             # Until the newcomer is in its place: another thread may drop what nobody holds.
-            keep = self._hold(tree, node, matched)
+            keep = self._hold(tree, node, matched, False)
             fits = self._make_room(self._segment_nbytes(span, with_state))
         try:
             if fits:
                 payload = capture(start, end, with_state, contained)
                 with self._lock:
-                    fits = self._store(tree, node, token_ids[start:], payload, replaces)
+                    tokens = token_ids[start:]
+                    fits = self._store(tree, node, tokens, payload, replaces, "published_tokens")
             if not fits:
                 self._counts["skipped_no_room"] += 1
                 return matched
             return end
+        finally:
+            self.release(keep)
+            self.bury()
+
+    def adopt(
+        self, namespace: bytes, token_ids: TokenIds, segments: Sequence[tuple[int, int, P]]
+    ) -> int:
+        """Take loaded segments in as if they had been published; return where they end.
+
+        `segments` are `(start, end, payload)` of the path `token_ids`, ascending; each counts only
+        up to where the next begins or the path ends. What is held already stays, but for an
+        end state that it lacks. Arrays are copied only where a segment is cut. Engine thread only.
+        Ends early, without harm, where room runs out or tokens before a segment are not held.
+        """
+        ends = [*(start for start, _, _ in segments[1:]), len(token_ids)]
+        with self._lock:
+            tree = self._trees[namespace] = self._tree(namespace)
+            keep = self._hold(tree, tree.root, 0, False)
+        try:
+            for (start, end, payload), following in zip(segments, ends, strict=False):
+                stop = min(end, following, len(token_ids))
+                if stop <= start:
+                    break
+                if stop < end:
+                    payload, _ = payload.split(stop - start, end - start)
+                with self._lock:
+                    node = self._adopt(tree, token_ids[:stop], start, payload)
+                    if node is None:
+                        break
+                    self._release(keep)
+                    keep = self._hold(tree, node, stop, False)
+            return keep.num_tokens
         finally:
             self.release(keep)
             self.bury()
@@ -195,6 +254,12 @@ class SegmentCache(Generic[P]):
                 self._stored_nbytes += step.payload.nbytes - held.nbytes
 
     # -- the budget ---------------------------------------------------------------------------
+
+    @property
+    def free_nbytes(self) -> int:
+        """Bytes that can be had without evicting anything."""
+        with self._lock:
+            return self.budget_nbytes - self._stored_nbytes - self._reserved_nbytes
 
     def reserve(self, nbytes: int) -> bool:
         """Set `nbytes` aside for a working cache, evicting for it; False if it cannot be had.
@@ -222,20 +287,29 @@ class SegmentCache(Generic[P]):
     # -- references ---------------------------------------------------------------------------
 
     def bind(self, name: Hashable, namespace: bytes, token_ids: TokenIds) -> None:
-        """Let `name` refer to the longest held prefix of `token_ids`, and to nothing else."""
+        """Let `name` refer to the longest held prefix of `token_ids`, and to nothing else.
+
+        Each new place is a turn of the conversation; the more of them, the longer it is kept.
+        """
         with self._lock:
-            self._unbind(name)
+            before = self._unbind(name)
             node, matched = self._tree(namespace).walk(token_ids)
             if matched < node.end and node.parent is not None:
                 node = node.parent  # the rest of that segment belongs to others
-            if not node.is_root:
-                node.names.add(name)
-                self._names[name] = node
+            self._turns[name] = self._turns.get(name, 0) + (node is not before)
+            if node.is_root:
+                return
+            node.names.add(name)
+            self._names[name] = node
+            if node.end == len(token_ids):  # else it is what others share
+                node.num_turns = max(node.num_turns, self._turns[name])
+                self._touch(node)
 
     def unbind(self, name: Hashable, *, drop: bool) -> None:
         """Forget a reference; with `drop` also free the segments that only it used."""
         with self._lock:
             node = self._unbind(name)
+            self._turns.pop(name, None)
             while drop and node is not None and node.parent is not None:
                 if node.children or node.names or node.leases:
                     break
@@ -244,6 +318,33 @@ class SegmentCache(Generic[P]):
                 node = parent
         if drop:
             self._on_drop()
+
+    def drop_path(self, namespace: bytes, token_ids: TokenIds) -> int:
+        """Drop a path that proved wrong, and all that was computed behind it; return its tokens.
+
+        Leases do not protect it: to their holders it is a miss. Engine thread only.
+        """
+        num_tokens = 0
+        with self._lock:
+            tree = self._tree(namespace)
+            top = tree.root.children.pop(int(token_ids[0]), None)
+            doomed = [] if top is None else [top]
+            for node in doomed:
+                doomed.extend(node.children.values())
+                assert node.payload is not None
+                self._stored_nbytes -= node.payload.nbytes
+                self._num_segments -= 1
+                num_tokens += len(node.tokens)
+                self._dropped.append(node.payload)
+                node.payload = None
+                self._leaves.discard(node)
+                for name in node.names:
+                    del self._names[name]
+                node.names = set()
+            self._num_tokens -= num_tokens
+            self._close(tree.root)
+        self.bury()
+        return num_tokens
 
     def usage(self, namespace: bytes, token_ids: TokenIds) -> PathUsage:
         """Return what is held of the path `token_ids`."""
@@ -271,8 +372,10 @@ class SegmentCache(Generic[P]):
                 "tokens": self._num_tokens,
                 "lookups": self._counts["lookups"],
                 "published_tokens": self._counts["published_tokens"],
+                "adopted_tokens": self._counts["adopted_tokens"],
                 "evicted_segments": self._counts["evicted"],
                 "evicted_tokens": self._counts["evicted_tokens"],
+                "revoked_leases": self._counts["revoked"],
                 "skipped_no_room": self._counts["skipped_no_room"],
             }
 
@@ -294,6 +397,7 @@ class SegmentCache(Generic[P]):
             assert total == self._stored_nbytes, (total, self._stored_nbytes)
             assert (num_segments, num_tokens) == (self._num_segments, self._num_tokens)
             assert named == self._names
+            assert not any(lease.released or not lease.node.leases for lease in self._yielding)
             assert self._stored_nbytes + self._reserved_nbytes <= self.budget_nbytes
 
     # -- inside the lock ----------------------------------------------------------------------
@@ -304,7 +408,12 @@ class SegmentCache(Generic[P]):
         return Tree() if tree is None else tree
 
     def _lease(
-        self, tree: Tree[P], origin: Node[P], token_ids: TokenIds, limit: int | None
+        self,
+        tree: Tree[P],
+        origin: Node[P],
+        token_ids: TokenIds,
+        limit: int | None,
+        yielding: bool,
     ) -> Lease[P]:
         node, matched = tree.walk(token_ids, origin)
         limit = len(token_ids) if limit is None else limit
@@ -312,17 +421,23 @@ class SegmentCache(Generic[P]):
         while not node.is_root and node.start >= position:
             assert node.parent is not None
             node = node.parent
-        self._touch(node)
-        return self._hold(tree, node, position)
+        if not yielding:
+            self._touch(node)
+            self._reuse(node)
+        return self._hold(tree, node, position, yielding)
 
-    def _hold(self, tree: Tree[P], node: Node[P], position: int) -> Lease[P]:
+    def _hold(self, tree: Tree[P], node: Node[P], position: int, yielding: bool) -> Lease[P]:
         node.leases += 1
-        return Lease(tree, node, position)
+        lease = Lease(tree, node, position, yielding)
+        if yielding:
+            self._yielding[lease] = None
+        return lease
 
     def _release(self, lease: Lease[P]) -> None:
         if lease.released:
             return
         lease.released = True
+        self._yielding.pop(lease, None)
         node = lease.node
         assert node.leases > 0
         node.leases -= 1
@@ -338,6 +453,15 @@ class SegmentCache(Generic[P]):
         """Note a use. Only leaves are evicted, so those above learn of it in `_remove`."""
         self._tick += 1
         node.used = self._tick
+        node.rank = max(node.rank, self._ageing.rank(node.num_turns))
+
+    def _reuse(self, node: Node[P]) -> None:
+        """Note that a request found this path."""
+        step: Node[P] | None = node
+        while step is not None and step.payload is not None and not step.reused:
+            step.reused = True
+            self._ageing.reused(step.payload.nbytes)
+            step = step.parent
 
     def _is_served(self, node: Node[P], end: int, with_state: bool) -> bool:
         """Whether a state at `end` is already held, or is not wanted there."""
@@ -355,7 +479,13 @@ class SegmentCache(Generic[P]):
         return upper
 
     def _store(
-        self, tree: Tree[P], node: Node[P], tokens: TokenIds, payload: P, replaces: bool
+        self,
+        tree: Tree[P],
+        node: Node[P],
+        tokens: TokenIds,
+        payload: P,
+        replaces: bool,
+        counter: str,
     ) -> bool:
         """Put a payload in its place, below `node` or instead of its own; False without room."""
         before = 0
@@ -373,33 +503,75 @@ class SegmentCache(Generic[P]):
         if replaces:
             node.payload = payload
         else:
+            # Who goes on where a conversation ended is that conversation; who forks is another.
+            num_turns = 1 if node.children else node.num_turns
             node = tree.add(node, tokens, payload)
-            self._counts["published_tokens"] += len(tokens)
+            node.num_turns = num_turns
+            for key in _keys(node):
+                node.reused |= self._ageing.added(key)
+            self._counts[counter] += len(tokens)
             self._num_segments += 1
             self._num_tokens += len(tokens)
         self._touch(node)
         self._offer(node)
         return True
 
+    def _adopt(self, tree: Tree[P], token_ids: TokenIds, start: int, payload: P) -> Node[P] | None:
+        """Put a loaded payload, of the tokens from `start` on, in its place in the tree.
+
+        Returns the node that now ends the path `token_ids` or holds its end; None if that fails.
+        """
+        end = len(token_ids)
+        node, matched = tree.walk(token_ids)
+        if matched < start:
+            return None
+        if start < matched < end:
+            _, payload = payload.split(matched - start, end - start)
+        if matched < end and matched < node.end:
+            node = self._split(tree, node, matched)
+        keep = self._hold(tree, node, matched, False)  # what makes room must not take this
+        try:
+            if matched == end:
+                assert node.payload is not None
+                if (node.start, node.end) == (start, end) and _is_better(payload, node.payload):
+                    self._store(tree, node, token_ids[start:], payload, True, "adopted_tokens")
+                self._touch(node)
+                return node
+            tokens = token_ids[matched:]
+            if not self._store(tree, node, tokens, payload, False, "adopted_tokens"):
+                return None
+            return node.children[int(tokens[0])]
+        finally:
+            self._release(keep)
+
     def _make_room(self, nbytes: int) -> bool:
         while self._stored_nbytes + self._reserved_nbytes + nbytes > self.budget_nbytes:
-            victim = self._leaves.pop(self._evictable)
+            victim = self._leaves.pop(self._order)
+            if victim is None and self._yielding:
+                self._release(next(iter(self._yielding)))
+                self._counts["revoked"] += 1
+                continue
             if victim is None:
                 return False
             self._counts["evicted"] += 1
             self._counts["evicted_tokens"] += len(victim.tokens)
+            assert victim.payload is not None
+            sampled_nbytes = victim.payload.nbytes * SAMPLED_TOKENS // len(victim.tokens)
+            for key in _keys(victim):
+                self._ageing.evicted(key, sampled_nbytes)
             self._remove(victim)
         return True
 
-    def _evictable(self, node: Node[P]) -> int | None:
-        """Return the tick of a leaf that may be evicted, None for anything else."""
+    def _order(self, node: Node[P]) -> Order | None:
+        """Return the place in the order of a leaf that may be evicted, None for anything else."""
         if node.children or node.leases or node.payload is None:
             return None
-        return node.used
+        return node.rank, node.used
 
     def _offer(self, node: Node[P]) -> None:
-        if not node.is_root and self._evictable(node) is not None:
-            self._leaves.push(node, node.used)
+        order = self._order(node)
+        if order is not None:
+            self._leaves.push(node, order)
 
     def _remove(self, node: Node[P]) -> None:
         """Take a leaf out; its references move to its parent."""
@@ -420,6 +592,7 @@ class SegmentCache(Generic[P]):
                 self._names[name] = parent
         node.names = set()
         parent.used = max(parent.used, node.used)
+        parent.rank = max(parent.rank, node.rank)
         self._offer(parent)
         self._close(parent)
 
@@ -428,3 +601,20 @@ class SegmentCache(Generic[P]):
         if node is not None:
             node.names.discard(name)
         return node
+
+
+def _keys(node: Node[Any]) -> list[int]:
+    return sample_keys(node.start, node.data)
+
+
+def _is_dropped(node: Node[Any]) -> bool:
+    """Whether a node was taken out of its tree while a lease named it."""
+    return node.payload is None and not node.is_root
+
+
+def _is_better(new: Payload, old: Payload) -> bool:
+    """Whether a payload of the same tokens gives all that the other gives, and something more."""
+    sizes = {*new.windows, *old.windows}
+    held = [(new.windows.get(size, 0), old.windows.get(size, 0)) for size in sizes]
+    held.append((new.restorable, old.restorable))
+    return all(a >= b for a, b in held) and any(a > b for a, b in held)

@@ -66,12 +66,15 @@ class Node(Generic[P]):
     """A segment: the tokens `[start, end)` behind its parent's, with their payload.
 
     `leases` counts lookups in use, `names` are the references (conversations) whose tip it is,
-    `used` is the tick of its last use as a tip, or of one below it that is gone. `data` and
-    `tokens` are the same memory.
+    `used` is the tick of its last use as a tip, or of one below it that is gone, and `rank` what
+    eviction made of it then. `num_turns` is the turn of the conversation that it belongs to,
+    `reused` says that a request other than the one that published it used it. `data` and `tokens`
+    are the same memory.
     """
 
     __slots__ = (
-        *("children", "data", "leases", "names", "parent", "payload", "start", "tokens", "used"),
+        *("children", "data", "leases", "names", "num_turns", "parent", "payload"),
+        *("rank", "reused", "start", "tokens", "used"),
     )
 
     def __init__(
@@ -85,6 +88,9 @@ class Node(Generic[P]):
         self.leases = 0
         self.names: set[Hashable] = set()
         self.used = 0
+        self.rank = 0
+        self.num_turns = 1
+        self.reused = False
 
     def own(self, tokens: TokenIds) -> None:
         """Make a copy of `tokens` the segment's own."""
@@ -158,7 +164,8 @@ class Tree(Generic[P]):
         at = position - node.start
         first, second = node.payload.split(at, len(node.tokens))
         upper: Node[P] = Node(node.parent, node.start, node.tokens[:at], first)
-        upper.used = node.used
+        upper.used, upper.rank = node.used, node.rank
+        upper.num_turns, upper.reused = node.num_turns, node.reused
         node.parent.children[int(upper.tokens[0])] = upper
         node.parent, node.start, node.payload = upper, position, second
         node.own(node.tokens[at:])

@@ -11,20 +11,26 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from kvserve.cache.codec import LONGEST_CHUNK_TOKENS, SegmentPayload
-from kvserve.cache.segments import SegmentCache
+from kvserve.cache.segments import Lease, SegmentCache
 from kvserve.core.errors import ContextTooLong, InvalidRequest, NotReady, QueueFull
-from kvserve.core.types import Event, Finished, GenerationRequest
+from kvserve.core.types import Event, Finished, GenerationRequest, TokenIds
+from kvserve.engine.exports import held_sources
+from kvserve.engine.fetch import Fetcher, Read
 from kvserve.engine.loop import FAILURE, Call, Cancel, Cancelled, Command, EngineLoop, Stop
 from kvserve.engine.memory import default_budget
 from kvserve.engine.model import LoadedModel, ModelInfo
 from kvserve.engine.run import Run
 from kvserve.engine.scheduler import ChunkSizer
+from kvserve.engine.verify import Verifier
 from kvserve.engine.working import WorkingCaches
+from kvserve.store.segments import SegmentSource, StoredPath
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +41,8 @@ class EngineSettings:
 
     `budget_nbytes` bounds stored segments and working caches together, None for the default
     share. `prefill_slice_s` is how long one prefill chunk may hold up running streams. With
-    `caching` off nothing is reused and nothing kept.
+    `caching` off nothing is reused and nothing kept. `verify_share` of the hits, in [0, 1], are
+    computed again without the cache and compared.
     """
 
     budget_nbytes: int | None = None
@@ -44,6 +51,7 @@ class EngineSettings:
     max_queue: int = 64
     prefill_slice_s: float = 0.25
     caching: bool = True
+    verify_share: float = 0.0
 
 
 class Generation:
@@ -121,6 +129,8 @@ class Engine:
         self._loop: EngineLoop | None = None
         self._sizer = ChunkSizer(settings.prefill_slice_s, LONGEST_CHUNK_TOKENS)
         self._stopping = False
+        self.on_mismatch: Callable[[bytes, TokenIds], object] = lambda namespace, token_ids: None
+        """Told, on the event loop, of a path whose state proved wrong; memory has dropped it."""
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -136,7 +146,9 @@ class Engine:
         self._stopping = True
         self._inbox.put(Stop())
         if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(_join, self._thread)
+        if self._loop is not None and self._loop.fetcher is not None:
+            await asyncio.to_thread(self._loop.fetcher.close)
 
     @property
     def ready(self) -> bool:
@@ -160,8 +172,8 @@ class Engine:
 
     # -- requests -----------------------------------------------------------------------------
 
-    def submit(self, request: GenerationRequest) -> Generation:
-        """Put a request in line.
+    def submit(self, request: GenerationRequest, stored: StoredPath | None = None) -> Generation:
+        """Put a request in line; `stored` is what the disk holds of its prompt.
 
         Raises QueueFull, NotReady, ContextTooLong or InvalidRequest at once.
         """
@@ -179,6 +191,7 @@ class Engine:
         if self.info.caching and request.use_cache:
             ids = request.prompt.token_ids
             run.lease = self.cache.lookup(request.namespace, ids, len(ids) - 1)
+            run.stored = stored
         self._inbox.put(run)
         return generation
 
@@ -219,6 +232,35 @@ class Engine:
         self._inbox.put(Call(answer))
         return await done
 
+    # -- the disk -----------------------------------------------------------------------------
+
+    def attach_disk(self, read: Read, on_damage: Callable[[int, str], None]) -> None:
+        """Let requests take up what is on disk; both are called in reader threads."""
+        if self._loop is None:
+            raise NotReady("The model is still loading.")
+        self._loop.fetcher = Fetcher(read, on_damage)
+
+    def held(self, namespace: bytes, token_ids: TokenIds) -> int:
+        """Return how many leading tokens can be taken up again from memory."""
+        return self.cache.held(namespace, token_ids)
+
+    def hold(self, namespace: bytes, token_ids: TokenIds) -> Lease[SegmentPayload]:
+        """Protect what memory holds of a path, as long as requests can do without its room."""
+        return self.cache.lookup(namespace, token_ids, yielding=True)
+
+    def release(self, lease: Lease[SegmentPayload]) -> None:
+        """Give a held path back; idempotent."""
+        self.cache.release(lease)
+
+    async def sources(
+        self, lease: Lease[SegmentPayload], path: StoredPath, ranges: Sequence[tuple[int, int]]
+    ) -> list[SegmentSource]:
+        """Return what is to be stored of a held path for each of the token ranges.
+
+        `path` is what the disk has of it. Raises SourceGone when memory no longer holds a range.
+        """
+        return await held_sources(self.cache, self.call, lease, path, ranges)
+
     def stats(self) -> dict[str, Any]:
         """Return figures since start, JSON-able, without anything a user wrote."""
         loop = self._loop
@@ -231,6 +273,7 @@ class Engine:
             "prefill_tokens_per_s": self._sizer.tokens_per_s,
             "batching": "ragged" if self.model.batcher.ragged else "row by row",
             **asdict(loop.counters),
+            **asdict(loop.verifier.counters),
             "failed_restores": loop.num_failed_restores,
             "cache": self.cache.stats(),
         }
@@ -255,14 +298,23 @@ class Engine:
                 on_drop=lambda: self._inbox.put(Call(self.cache.bury)),
             )
             self._model = model
+            working = WorkingCaches(model, self._cache, settings.segment_tokens)
             self._loop = EngineLoop(
                 model,
-                WorkingCaches(model, self._cache, settings.segment_tokens),
+                working,
                 self._inbox,
                 flush=self._flush,
                 max_batch=settings.max_batch,
                 sizer=self._sizer,
                 budget_nbytes=budget,
+                verifier=Verifier(
+                    model,
+                    working,
+                    self._cache,
+                    self._sizer,
+                    settings.verify_share,
+                    lambda *path: self._call_soon(self.on_mismatch, *path),
+                ),
             )
         except BaseException as error:  # loop ring: told to whoever starts the server
             self._call_soon(self._loaded.set_exception, error)
@@ -297,6 +349,19 @@ class Engine:
             self._event_loop.call_soon_threadsafe(function, *args)
         except RuntimeError:  # the event loop is closed: nobody waits any more
             log.debug("an event came after the event loop had closed")
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait until a thread has ended, and all that it takes with it.
+
+    MLX frees what it has compiled as the system's thread ends, and needs Python for that. Before
+    3.13 `join` does not wait so long, and an interpreter that is gone by then ends in SIGABRT.
+    """
+    thread.join()
+    task = Path("/proc/self/task", str(thread.native_id))  # on Linux; elsewhere it is never there
+    deadline = time.monotonic() + 5
+    while task.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def _deliver(batch: list[tuple[Generation, Event | Exception]]) -> None:

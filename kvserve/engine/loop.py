@@ -25,12 +25,14 @@ from kvserve.cache.codec import arrays_of
 from kvserve.cache.plan import chunk_end
 from kvserve.core.errors import KvserveError, NotReady, RequestFailed
 from kvserve.core.types import Finished, FinishReason, Started, TextPiece
+from kvserve.engine.fetch import Fetched, Fetcher
 from kvserve.engine.line import Line
 from kvserve.engine.model import LoadedModel
 from kvserve.engine.run import Run
 from kvserve.engine.sampling import Sampler
-from kvserve.engine.scheduler import Chunk, ChunkSizer, Decode, Prefill, next_step
+from kvserve.engine.scheduler import Chunk, ChunkSizer, Decode, Idle, Prefill, next_step
 from kvserve.engine.text import TextStream
+from kvserve.engine.verify import Verifier
 from kvserve.engine.working import WorkingCaches
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,14 @@ class Call:
     function: Callable[[], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """Tell the loop that what the disk holds of a run's prompt has been read."""
+
+    run: Run
+    fetched: Fetched
+
+
 class Cancelled(Exception):
     """The last event of a run that was given up; nobody waits for more."""
 
@@ -65,7 +75,7 @@ class Stop:
     """Ask the loop to end."""
 
 
-Command = Run | Cancel | Call | Stop
+Command = Run | Cancel | Call | Arrived | Stop
 
 
 @dataclass(slots=True)
@@ -77,6 +87,7 @@ class Counters:
     cancelled: int = 0
     failed: int = 0
     cached_tokens: int = 0
+    cached_tokens_from_disk: int = 0
     prefilled_tokens: int = 0
     decoded_tokens: int = 0
     decode_steps: int = 0
@@ -95,6 +106,7 @@ class EngineLoop:
         flush: called after each step, to hand emitted events over in one go.
         max_batch: how many runs may be prefilled or decoded at once.
         sizer: chooses chunk sizes.
+        verifier: compares hits with cold runs while there is nothing else to do.
     """
 
     def __init__(
@@ -107,8 +119,11 @@ class EngineLoop:
         max_batch: int,
         sizer: ChunkSizer,
         budget_nbytes: int,
+        verifier: Verifier,
     ) -> None:
         self.counters = Counters()
+        self.verifier = verifier
+        self.fetcher: Fetcher | None = None
         self._model = model
         self._working = working
         self._inbox = inbox
@@ -144,31 +159,33 @@ class EngineLoop:
             self._flush()
 
     def advance(self) -> None:
-        """Take commands (waiting for one when idle), then do one step."""
-        self._take_commands()
+        """Take commands, then do one step, or wait for a command when there is none to do."""
+        while not self._inbox.empty():
+            self._obey(self._inbox.get())
         self._admit()
-        self._step()
+        stepped = self._step()
         self._flush()
+        if not stepped and not self._stopping:
+            if not (self._prefilling or len(self._line)):
+                self._working.housekeeping()
+            self._obey(self._inbox.get())
 
     # -- commands -----------------------------------------------------------------------------
 
-    def _take_commands(self) -> None:
-        idle = not (len(self._line) or self._prefilling or self._decoding)
-        if idle and self._inbox.empty():
-            self._working.housekeeping()
-        while idle or not self._inbox.empty():
-            command = self._inbox.get()
-            idle = False
-            match command:
-                case Run():
-                    self.counters.requests += 1
-                    self._line.join(command)
-                case Cancel(run):
-                    self._cancel(run)
-                case Call(function):
-                    function()
-                case Stop():
-                    self._stopping = True
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Run():
+                self.counters.requests += 1
+                self._line.join(command)
+            case Cancel(run):
+                self._cancel(run)
+            case Call(function):
+                function()
+            case Arrived(run, fetched):
+                run.fetching, run.fetched = False, fetched
+                run.damaged = fetched.damaged
+            case Stop():
+                self._stopping = True
 
     def _cancel(self, run: Run) -> None:
         if run in self._prefilling or run in self._decoding:
@@ -221,9 +238,25 @@ class EngineLoop:
                 continue
             run.follows = self._line.leader_of(run, self._prefilling)
             self._prefilling.append(run)
+            self._fetch(run)
+
+    def _fetch(self, run: Run) -> None:
+        """Begin to read what the disk holds of a prompt beyond what memory does."""
+        if run.stored is None or self.fetcher is None or not self._working.uses_cache(run):
+            return
+        run.fetching = True
+        held = run.lease.num_tokens if run.lease is not None and not run.lease.released else 0
+        self.fetcher.begin(
+            run.stored,
+            held,
+            run.length - 1,
+            lambda fetched: self._inbox.put(Arrived(run, fetched)),
+        )
 
     def _is_behind(self, run: Run) -> bool:
-        """Whether another run is about to compute what this one needs."""
+        """Whether the disk, or another run, is about to give what this one needs."""
+        if run.fetching:
+            return True
         if run.follows is None or run.cache is not None:
             return False
         leader, shared = run.follows
@@ -231,7 +264,8 @@ class EngineLoop:
 
     # -- steps --------------------------------------------------------------------------------
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Do what is next; False when there is nothing to do."""
         ahead = [run for run in self._prefilling if not self._is_behind(run)]
         prefills = [Prefill(run.length - run.num_fed, run.passed_over) for run in ahead]
         match next_step(len(self._decoding), prefills, decoded_last=self._decoded_last):
@@ -241,6 +275,9 @@ class EngineLoop:
             case Decode():
                 self._decoded_last = True
                 self._decode()
+            case Idle():
+                return not (self._prefilling or len(self._line)) and self.verifier.step()
+        return True
 
     def _prefill(self, run: Run) -> None:
         for other in self._prefilling:
@@ -271,8 +308,12 @@ class EngineLoop:
         self.counters.prefilled_tokens += end - begin
         run.num_fed = end
         self._working.publish(run, tip=False)
-        if end == run.plan.length:
+        if end < run.plan.length:
+            return
+        if run.request.max_tokens:
             self._join(run, logits[0, -1])
+        else:
+            self._end(run, FinishReason.LENGTH)
 
     def _start(self, run: Run) -> None:
         run.follows = None
@@ -281,8 +322,10 @@ class EngineLoop:
             return  # taken up again after a failed step or for lack of memory
         run.started = True
         prompt, cached = len(run.request.prompt), run.num_fed
+        run.num_cached = cached
         self.counters.cached_tokens += cached
-        run.emit(Started(num_cached=cached, num_prefill=prompt - cached))
+        self.counters.cached_tokens_from_disk += run.num_from_disk
+        run.emit(Started(cached, prompt - cached, run.num_from_disk, run.damaged))
 
     def _join(self, run: Run, logits: mx.array) -> None:
         """Move a prefilled run to the decoding rows."""
@@ -294,6 +337,7 @@ class EngineLoop:
         if run.text is None:
             backend = self._model.tokenizer.backend_tokenizer
             run.text = TextStream(backend, run.request.stop)
+        self.verifier.draw(run, logits)
         run.pending = run.sampler.sample(logits)
         _launch(run.pending)
         self._prefilling = [other for other in self._prefilling if other is not run]
@@ -375,15 +419,21 @@ class EngineLoop:
             reason = FinishReason.STOP
         if rest:
             run.emit(TextPiece(rest, len(run.reply)))
+        self._end(run, reason)
+
+    def _end(self, run: Run, reason: FinishReason) -> None:
+        """Publish all that a run has, free it, and tell its last event."""
         self._keep(run)
         self._leave(run)
+        self.verifier.offer(run)
         self.counters.finished += 1
         ended = time.monotonic()
         run.emit(
             Finished(
                 reason=reason,
                 token_ids=np.array(run.reply, np.uint32),
-                num_stored=run.num_held,
+                # What was reused is on disk where memory has no room for it.
+                num_stored=max(run.num_held, run.num_cached),
                 ttft_s=run.first_token_at - run.submitted_at,
                 decode_s=ended - run.first_token_at,
             )

@@ -21,11 +21,13 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from kvserve.cache.codec import Footprint, WorkingCache, footprint, traits_of
+from kvserve.cache.codec import WorkingCache, arrays_of, traits_of
+from kvserve.cache.codec_forms import Footprint, Forms, footprint, forms_of
 from kvserve.cache.plan import Traits
 from kvserve.core.errors import KvserveError
+from kvserve.core.identity import ModelIdentity
 from kvserve.engine.batch import Batcher, as_model, install
-from kvserve.engine.fingerprint import fingerprint
+from kvserve.engine.fingerprint import identify
 from kvserve.engine.selfcheck import caching_fault
 
 DEFAULT_CONTEXT = 4096
@@ -44,10 +46,14 @@ class ModelInfo:
 
     name: str
     context_length: int
-    fingerprint: str
+    identity: ModelIdentity
     created: int
     notes: tuple[str, ...]
     caching: bool
+
+    @property
+    def fingerprint(self) -> str:
+        return self.identity.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,7 @@ class LoadedModel:
     fresh_cache: Callable[[], WorkingCache]
     traits: Traits
     footprint: Footprint
+    forms: Forms
     weights_nbytes: int
     batcher: Batcher
 
@@ -112,7 +119,7 @@ def load(
         cache: WorkingCache = make_prompt_cache(network)
         return cache
 
-    vocab_size, measured = _warm_up(forward, fresh)
+    vocab_size, used = _warm_up(forward, fresh)
     notes: list[str] = []
     fault = caching_fault(config, forward, fresh, vocab_size)
     if fault:
@@ -127,7 +134,14 @@ def load(
     info = ModelInfo(
         name=name,
         context_length=min(context, max_context or context),
-        fingerprint=fingerprint(folder, adapter, str(_dtype(network)), fingerprints),
+        identity=identify(
+            folder,
+            adapter=adapter,
+            chat_template=tokenizer.chat_template,
+            kv_dtype=_number_formats(used),
+            runs_own_code=config.get("model_file") is not None,
+            memory=fingerprints,
+        ),
         created=int(time.time()),
         notes=tuple(notes),
         caching=not fault,
@@ -140,7 +154,8 @@ def load(
         vocab_size=vocab_size,
         fresh_cache=fresh,
         traits=traits_of(fresh()),
-        footprint=measured,
+        footprint=footprint(used),
+        forms=forms_of(used),
         weights_nbytes=sum(a.nbytes for _, a in _parameters(network)),
         batcher=batcher,
     )
@@ -166,12 +181,18 @@ def _read(
 
 def _warm_up(
     forward: Callable[..., mx.array], fresh: Callable[[], WorkingCache]
-) -> tuple[int, Footprint]:
-    """Run a few tokens; return the width of the logits and the bytes of the state."""
+) -> tuple[int, WorkingCache]:
+    """Run a few tokens; return the width of the logits and the working cache that holds them."""
     cache = fresh()
     logits = forward(mx.array([[1, 2, 3]]), cache=cache)
     mx.eval(logits)
-    return logits.shape[-1], footprint(cache)
+    return logits.shape[-1], cache
+
+
+def _number_formats(cache: WorkingCache) -> str:
+    """Return the names of the number formats in which a model holds its state."""
+    formats = {str(array.dtype).removeprefix("mlx.core.") for array in arrays_of(cache)}
+    return "+".join(sorted(formats))
 
 
 def _parameters(network: Any) -> list[tuple[str, mx.array]]:

@@ -18,8 +18,10 @@ from kvserve.cache.codec import SegmentPayload, WorkingCache
 from kvserve.cache.plan import Plan
 from kvserve.cache.segments import Lease
 from kvserve.core.types import Event, FinishReason, GenerationRequest, TokenIds
+from kvserve.engine.fetch import Fetched
 from kvserve.engine.sampling import Sampler
 from kvserve.engine.text import TextStream
+from kvserve.store.segments import StoredPath
 
 Emit = Callable[[Event | Exception], None]
 
@@ -29,13 +31,23 @@ class Run:
     """A request from submission to its last event.
 
     `reply` are the tokens read so far. `num_fed` tokens of prompt + reply are in the working
-    cache. `pending` is the next token, shape `[1]`, sampled but not yet read. `solo` runs were in
-    a step that failed and are stepped alone from then on.
+    cache. `stored` is what the disk holds of the prompt; it is read while `fetching`, and then
+    `fetched`; `num_from_disk` of the reused tokens came from there. `num_cached` tokens of the
+    prompt were reused at first; `evidence` are the logits behind it, `[vocab]`, if they are to be
+    compared with a cold run's. `pending` is the next token, shape `[1]`, sampled but not yet read.
+    `solo` runs were in a step that failed and are stepped alone from then on.
     """
 
     request: GenerationRequest
     emit: Emit
     lease: Lease[SegmentPayload] | None = None
+    stored: StoredPath | None = None
+    fetching: bool = False
+    fetched: Fetched | None = None
+    num_from_disk: int = 0
+    damaged: bool = False
+    num_cached: int = 0
+    evidence: mx.array | None = None
     reply: list[int] = field(default_factory=list)
     num_fed: int = 0
     cache: WorkingCache | None = None

@@ -8,13 +8,17 @@ is not stored. Engine thread only.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
 
 from kvserve.cache.codec import SegmentPayload, capture, reserve_room, restore
+from kvserve.cache.codec_forms import fits
+from kvserve.cache.codec_pack import unpack
 from kvserve.cache.plan import finished_ends, plan, state_ends
-from kvserve.cache.segments import SegmentCache
+from kvserve.cache.segments import Lease, SegmentCache
+from kvserve.engine.fetch import Fetched
 from kvserve.engine.model import LoadedModel
 from kvserve.engine.run import Run
 
@@ -34,6 +38,8 @@ class WorkingCaches:
         self._cache = cache
         self._segment_tokens = segment_tokens
         self.num_failed_restores = 0
+        self.make_way: Callable[[], None] = lambda: None
+        """Called where a run needs memory that is not free, before anything is evicted."""
 
     # -- memory -------------------------------------------------------------------------------
 
@@ -44,7 +50,7 @@ class WorkingCaches:
     def reserve(self, run: Run) -> bool:
         """Set the memory of a run aside; False when it cannot be had now."""
         needed = self.nbytes_for(run)
-        if not self._cache.reserve(needed):
+        if not self._reserve(needed):
             return False
         run.reserved_nbytes, run.capacity = needed, self._wanted(run)
         return True
@@ -55,11 +61,16 @@ class WorkingCaches:
             return True
         wanted = self._wanted(run)
         more = self._model.footprint.working(wanted) - run.reserved_nbytes
-        if more > 0 and not self._cache.reserve(more):
+        if more > 0 and not self._reserve(more):
             return False
         run.reserved_nbytes += max(0, more)
         run.capacity = wanted
         return True
+
+    def _reserve(self, nbytes: int) -> bool:
+        if nbytes > self._cache.free_nbytes:
+            self.make_way()
+        return self._cache.reserve(nbytes)
 
     def _wanted(self, run: Run) -> int:
         # Whole growth steps: a buffer that is full in the middle of one grows past its reservation.
@@ -87,6 +98,11 @@ class WorkingCaches:
             lease = self._cache.lookup(namespace, token_ids, limit)
         else:
             lease = self._cache.extend(lease, token_ids, limit)
+        fetched, run.fetched, run.stored = run.fetched, None, None
+        if fetched is not None and fetched.num_tokens > lease.num_tokens:
+            restored = self._restored_from_disk(run, lease, fetched)
+            if restored is not None:
+                return restored, fetched.num_tokens
         while lease.num_tokens:
             fresh = self._model.fresh_cache()
             try:
@@ -103,6 +119,28 @@ class WorkingCaches:
             return fresh, lease.num_tokens
         self._cache.release(lease)
         return self._model.fresh_cache(), 0
+
+    def _restored_from_disk(
+        self, run: Run, lease: Lease[SegmentPayload], fetched: Fetched
+    ) -> list[object] | None:
+        """Join what memory and disk hold, and let memory have the latter too; None for a miss."""
+        fresh = self._model.fresh_cache()
+        try:
+            loaded = [(p.spec.start, p.spec.end, unpack(p)) for p in fetched.segments]
+            if not all(fits(payload, self._model.forms) for _, _, payload in loaded):
+                raise ValueError("it is not of this model")
+            held = self._cache.payloads(lease)
+            restore(fresh, [*held, *loaded], fetched.num_tokens, run.capacity)
+        except (LookupError, ValueError) as error:
+            self.num_failed_restores += 1
+            log.warning("a stored state could not be restored: %s", error)
+            return None
+        run.num_from_disk = fetched.num_tokens - lease.num_tokens
+        self._cache.release(lease)
+        # Of the last one, what agrees with the prompt: the rest is another conversation's.
+        matched = run.token_ids[: fetched.num_matched]
+        self._cache.adopt(run.request.namespace, matched, loaded)
+        return fresh
 
     def make_room_at_once(self, run: Run) -> None:
         """After the first chunk: grow the buffers to the run's capacity in one step."""

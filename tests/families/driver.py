@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
-from kvserve.cache.codec import SegmentPayload, arrays_of, footprint, traits_of
+from kvserve.cache.codec import SegmentPayload, arrays_of, traits_of
+from kvserve.cache.codec_forms import footprint, forms_of
 from kvserve.cache.plan import chunk_end
 from kvserve.cache.segments import SegmentCache
 from kvserve.core.types import Cut, GenerationRequest, Prompt
@@ -18,6 +19,7 @@ from kvserve.engine.batch import Batcher, as_model, install
 from kvserve.engine.model import LoadedModel, ModelInfo
 from kvserve.engine.run import Run
 from kvserve.engine.working import WorkingCaches
+from tests.fakes import fake_identity
 
 SEGMENT_TOKENS = 16
 Tokens = list[int]
@@ -41,7 +43,7 @@ def loaded(network: Any, name: str) -> LoadedModel:
     logits = forward(mx.array([[1, 2, 3]]), cache=cache)
     mx.eval(logits)
     return LoadedModel(
-        info=ModelInfo(name, 4096, name, 0, (), True),
+        info=ModelInfo(name, 4096, fake_identity(name), 0, (), True),
         forward=forward,
         tokenizer=cast(Any, None),
         eos_token_ids=frozenset(),
@@ -49,6 +51,7 @@ def loaded(network: Any, name: str) -> LoadedModel:
         fresh_cache=lambda: make_prompt_cache(network),
         traits=traits_of(make_prompt_cache(network)),
         footprint=footprint(cache),
+        forms=forms_of(cache),
         weights_nbytes=0,
         batcher=Batcher(forward),
     )

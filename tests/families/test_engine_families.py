@@ -1,7 +1,8 @@
 """Concurrent conversations through the real engine loop, for every combination of cache classes.
 
 Batched, one step ahead, with rows that join and leave, cancelled and taken up again, the greedy
-replies are those of requests that run alone without any cache.
+replies are those of requests that run alone without any cache, and each hit, computed again, is
+found right.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kvserve.core.types import Cut, Event, Finished, GenerationRequest, Prompt, 
 from kvserve.engine.loop import Cancel, Command, EngineLoop
 from kvserve.engine.run import Run
 from kvserve.engine.scheduler import ChunkSizer
+from kvserve.engine.verify import Verifier
 from tests.families import zoo
 from tests.families.driver import Driver, Tokens, loaded
 from tests.families.test_reuse import FAMILIES, tokens
@@ -73,14 +75,19 @@ class Bench:
         driver = Driver(model, BUDGET)
         self.cache = driver.cache
         self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        sizer = ChunkSizer(60.0, 24)
+        self.verifier = Verifier(
+            model, driver.working, driver.cache, sizer, 1.0, lambda namespace, token_ids: None
+        )
         self.loop = EngineLoop(
             model,
             driver.working,
             self.inbox,
             flush=lambda: None,
             max_batch=8,
-            sizer=ChunkSizer(60.0, 24),
+            sizer=sizer,
             budget_nbytes=BUDGET,
+            verifier=self.verifier,
         )
 
     def submit(
@@ -98,7 +105,10 @@ class Bench:
     def finish(self) -> None:
         while self.loop.num_waiting or self.loop.num_running:
             self.loop.advance()
+        while self.verifier.step():
+            pass
         self.cache.check()
+        assert self.verifier.counters.verify_mismatches == 0
 
     def alone(self, messages: list[Tokens], count: int) -> Tokens:
         _, reply = self.submit(messages, count, use_cache=False)
@@ -125,6 +135,7 @@ def test_concurrent_turns_reply_as_if_alone_and_cold(family: zoo.Family) -> None
                 held = sum(map(len, messages)) - len(histories[i][-1]) - len(suffix)
                 assert reply.started.num_cached >= held - 2
             histories[i] = [*histories[i], [*suffix, *reply.tokens, 99], tokens(60 + i, 6 + turn)]
+    assert bench.verifier.counters.verified > 0
 
 
 @pytest.mark.parametrize("family", one_of_each_combination(), ids=lambda family: family.name)

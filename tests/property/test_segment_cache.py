@@ -75,8 +75,10 @@ class CacheMachine(RuleBasedStateMachine):
         """Return how many tokens any published path has in common with `tokens`."""
         return max((shared(tokens, path) for path in self.published[namespace]), default=0)
 
-    def looked_up(self, namespace: bytes, tokens: Tokens, limit: int | None) -> Lease[Fake]:
-        lease = self.cache.lookup(namespace, ids(tokens), limit)
+    def looked_up(
+        self, namespace: bytes, tokens: Tokens, limit: int | None, yielding: bool = False
+    ) -> Lease[Fake]:
+        lease = self.cache.lookup(namespace, ids(tokens), limit, yielding=yielding)
         self.verify(namespace, tokens, lease)
         self.verify_deepest(namespace, tokens, limit, lease.num_tokens)
         return lease
@@ -165,11 +167,54 @@ class CacheMachine(RuleBasedStateMachine):
         end = data.draw(st.integers(1, len(tokens)))
         self.publish(work, end, state and self.kind.stateful)
 
+    @rule(
+        namespace=NAMESPACES,
+        tokens=TOKENS,
+        first=st.integers(0, 20),
+        cuts=st.sets(st.integers(1, 30)),
+        beyond=st.integers(0, 4),
+        data=st.data(),
+    )
+    def adopt(
+        self,
+        namespace: bytes,
+        tokens: Tokens,
+        first: int,
+        cuts: set[int],
+        beyond: int,
+        data: st.DataObject,
+    ) -> None:
+        """Segments come back from disk: other cuts, ends beyond the path, holes in windows."""
+        stop = len(tokens)
+        cut_at = [first, *sorted(cut for cut in cuts if first < cut < stop), stop]
+        loaded = []
+        for start, following in pairwise(cut_at) if first < stop else ():
+            end = following + data.draw(st.integers(0, beyond))
+            own, since = tokens[:following] + (2,) * beyond, data.draw(st.sampled_from([0, start]))
+            work = Working(self.kind, namespace, own, end, since)
+            state, contained = data.draw(st.booleans()), data.draw(st.booleans())
+            loaded.append((start, end, work.capture(start, end, state, contained)))
+        _, matched = self.cache._tree(namespace).walk(ids(tokens))
+        reached = self.cache.adopt(namespace, ids(tokens), loaded)
+        self.cache.check()
+        assert not loaded or matched >= first or reached == 0
+        if self.ample and loaded and matched >= first:
+            assert reached == stop
+        if reached:
+            self.published[namespace].add(tokens[:reached])
+            assert self.cache.usage(namespace, ids(tokens)).num_tokens >= reached
+
     # -- leases ---------------------------------------------------------------------------------
 
-    @rule(namespace=NAMESPACES, tokens=TOKENS, limit=st.none() | st.integers(0, 20))
-    def hold(self, namespace: bytes, tokens: Tokens, limit: int | None) -> None:
-        lease = self.looked_up(namespace, tokens, limit)
+    @rule(
+        namespace=NAMESPACES,
+        tokens=TOKENS,
+        limit=st.none() | st.integers(0, 20),
+        yielding=st.booleans(),
+    )
+    def hold(self, namespace: bytes, tokens: Tokens, limit: int | None, yielding: bool) -> None:
+        lease = self.looked_up(namespace, tokens, limit, yielding)
+        assert self.cache.held(namespace, ids(tokens), limit) == lease.num_tokens
         self.leases.append((namespace, tokens, lease))
 
     @precondition(lambda self: self.leases)
@@ -177,10 +222,13 @@ class CacheMachine(RuleBasedStateMachine):
     def extend(self, data: st.DataObject, limit: int | None) -> None:
         index = data.draw(st.integers(0, len(self.leases) - 1))
         namespace, tokens, lease = self.leases[index]
+        revoked = lease.released
         longer = self.cache.extend(lease, ids(tokens), limit)
+        assert longer.yielding == lease.yielding and lease.released and not longer.released
         self.leases[index] = (namespace, tokens, longer)
         self.verify(namespace, tokens, longer)
-        self.verify_deepest(namespace, tokens, limit, longer.num_tokens)
+        if not revoked:
+            self.verify_deepest(namespace, tokens, limit, longer.num_tokens)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -222,6 +270,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.reserved.append(nbytes)
         else:
             assert not self.ample
+            assert not any(lease.yielding and not lease.released for _, _, lease in self.leases)
 
     @precondition(lambda self: self.reserved)
     @rule()
@@ -249,7 +298,12 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def leased_paths_stay_whole(self) -> None:
         for namespace, tokens, lease in self.leases:
-            self.verify(namespace, tokens, lease)
+            if lease.released:  # taken back: only then, and only from one that yields
+                assert lease.yielding and not self.ample
+                with pytest.raises(LookupError):
+                    self.cache.payloads(lease)
+            else:
+                self.verify(namespace, tokens, lease)
 
     @invariant()
     def names_mean_prefixes_of_what_was_bound(self) -> None:

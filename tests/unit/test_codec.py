@@ -24,12 +24,12 @@ from kvserve.cache.codec import (
     WorkingCache,
     arrays_of,
     capture,
-    footprint,
     leaves,
     reserve_room,
     restore,
     traits_of,
 )
+from kvserve.cache.codec_forms import fits, footprint, forms_of
 from kvserve.cache.plan import Traits
 
 HEADS, DIM = 2, 64
@@ -316,3 +316,33 @@ def test_footprints_are_upper_bounds(name: str, length: int) -> None:
     for start in {0, length // 2}:
         part = capture(cache, length, start, length, with_state=True, contained=False)
         assert part.nbytes <= bound.segment(length - start, True)
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_a_payload_fits_its_own_model_and_no_other(name: str) -> None:
+    def used(make: Make, stop: int) -> WorkingCache:
+        cache = make()
+        for begin in range(stop):
+            feed(cache, begin, begin + 1)
+        return cache
+
+    cache = used(MAKES[name], 20)
+    whole = capture(cache, 20, 12, 20, with_state=True, contained=False)
+    for other, make in MAKES.items():
+        assert fits(whole, forms_of(used(make, 3))) == (other == name)
+    forms = forms_of(used(MAKES[name], 3))
+    assert all(fits(part, forms) for part in (*whole.split(3, 8), whole.without_state()))
+
+
+def test_a_payload_of_another_width_or_of_nothing_does_not_fit() -> None:
+    def taken(dim: int) -> tuple[WorkingCache, SegmentPayload]:
+        cache: WorkingCache = [KVCache()]
+        feed(cache, 0, 5, dim)
+        return cache, capture(cache, 5, 0, 5, with_state=False, contained=False)
+
+    cache, payload = taken(DIM)
+    _, wider = taken(2 * DIM)
+    assert fits(payload, forms_of(cache))
+    assert not fits(wider, forms_of(cache))
+    assert not fits(SegmentPayload(5, [None]), forms_of(cache))
+    assert not fits(payload, (None,))

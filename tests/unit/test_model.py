@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 
 from kvserve import embedded
 from kvserve.engine import model as model_module
-from kvserve.engine.fingerprint import fingerprint
 from kvserve.engine.model import ModelError, load, resolve
 from kvserve.engine.selfcheck import caching_fault
 
@@ -104,40 +102,25 @@ def test_weights_run_in_float32_on_the_cpu(folder: Path) -> None:
     assert mx.default_device() != mx.cpu or logits.dtype == mx.float32
 
 
-def test_every_file_that_the_state_depends_on_changes_the_fingerprint(folder: Path) -> None:
-    seen = {fingerprint(folder, None, "float32")}
-    seen.add(fingerprint(folder, None, "bfloat16"))
-    seen.add(fingerprint(folder, folder, "float32"))
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"):
-        content = bytearray((folder / name).read_bytes())
-        content[-2] ^= 1
-        (folder / name).write_bytes(content)
-        seen.add(fingerprint(folder, None, "float32"))
-    assert len(seen) == 7
+def test_a_loaded_model_is_identified_by_its_files_and_by_what_was_loaded(folder: Path) -> None:
+    info = load(folder, name="x").info
+    assert info.fingerprint == info.identity.digest()
+    assert info.identity.kv_dtype == "float32" or mx.default_device() != mx.cpu
+    assert info.identity.quantisation == "none"
+    assert info.identity.adapter == ""
+    assert load(folder, name="another name", max_context=100).info.identity == info.identity
 
 
-def test_a_known_file_is_not_read_again_until_it_changes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    memory = tmp_path / "data" / "fingerprints.json"
-    first = fingerprint(folder, None, "float32", memory)
-
-    def no_reading(path: Path) -> str:
-        raise AssertionError(f"{path.name} was read again")
-
-    monkeypatch.setattr("kvserve.engine.fingerprint._digest", no_reading)
-    assert fingerprint(folder, None, "float32", memory) == first
-    os.utime(folder / "config.json", ns=(1, 1))
-    with pytest.raises(AssertionError, match=r"config\.json was read again"):
-        fingerprint(folder, None, "float32", memory)
-
-
-def test_a_damaged_memory_of_fingerprints_costs_hashing_only(folder: Path, tmp_path: Path) -> None:
-    memory = tmp_path / "fingerprints.json"
-    expected = fingerprint(folder, None, "float32")
-    for damage in (b"", b"[1]", b"\xff\xfe", b'{"a": '):
-        memory.write_bytes(damage)
-        assert fingerprint(folder, None, "float32", memory) == expected
+def test_the_template_that_counts_is_the_one_in_effect(folder: Path) -> None:
+    apart = load(folder, name="x").info.identity
+    template = (folder / "chat_template.jinja").read_text("utf-8")
+    (folder / "chat_template.jinja").unlink()
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(config | {"chat_template": template}), "utf-8")
+    assert load(folder, name="x").info.identity == apart
+    path.write_text(json.dumps(config | {"chat_template": template + " "}), "utf-8")
+    assert load(folder, name="x").info.identity.differences(apart) == ("chat_template",)
 
 
 def test_dynamic_rope_scaling_turns_caching_off_loudly(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -293,3 +294,233 @@ def test_the_queue_does_not_grow_with_conversations_that_come_and_go() -> None:
         cache.segments.bind("chat", b"", ids(text))
         cache.segments.unbind("chat", drop=True)
     assert len(cache.segments._leaves) < 100
+
+
+def test_a_dropped_path_takes_along_what_was_computed_behind_it_and_nothing_else() -> None:
+    cache = Cache()
+    for text in ("abcdef", "abcxyz", "abcxyz12", "other"):
+        cache.put(text)
+    cache.put("abcdef", b"b")
+    cache.segments.bind("one", b"", ids("abcdef"))
+    cache.segments.bind("two", b"", ids("other"))
+    assert cache.segments.drop_path(b"", ids("abcdef and more")) == len("abcdefxyz12")
+    cache.segments.check()
+    assert cache.found("abcdef") == cache.found("abcxyz12") == 0
+    assert cache.found("other") == 5
+    assert cache.found("abcdef", b"b") == 6
+    assert cache.figure("references") == 1
+    assert cache.segments.drop_path(b"", ids("abcdef")) == 0
+    assert cache.segments.drop_path(b"unknown", ids("abcdef")) == 0
+    cache.segments.unbind("one", drop=True)
+    assert cache.put("abcdef") == cache.found("abcdef") == 6
+
+
+@pytest.mark.parametrize("yielding", [False, True])
+def test_a_lease_on_a_dropped_path_names_nothing(yielding: bool) -> None:
+    cache = Cache(budget=20)
+    cache.put("abcdef")
+    lease = cache.segments.lookup(b"", ids("abcdef"), yielding=yielding)
+    cache.segments.drop_path(b"", ids("abcdef"))
+    cache.segments.check()
+    with pytest.raises(LookupError, match="no longer"):
+        cache.segments.payloads(lease)
+    cache.put("abc")
+    longer = cache.segments.extend(lease, ids("abcdef"))
+    assert lease.released
+    assert longer.num_tokens <= 3
+    cache.segments.payloads(longer)
+    cache.segments.release(longer)
+    cache.segments.check()
+    assert cache.put("another, of 17") == 14  # evicts: nothing that was dropped is in its way
+
+
+# -- what comes back from disk -----------------------------------------------------------------
+
+
+def loaded(
+    cache: Cache, text: str, *starts: int, state: bool = True
+) -> list[tuple[int, int, Fake]]:
+    """Return the state of `text` from the first start on, cut at the others, as if read."""
+    segments = []
+    for start, end in pairwise([*starts, len(text)]):
+        work = Working(cache.kind, b"", codes(text), end)
+        with_state = state and cache.kind.stateful
+        segments.append((start, end, work.capture(start, end, with_state, False)))
+    return segments
+
+
+def test_loaded_segments_join_the_tree_as_they_are() -> None:
+    cache = Cache()
+    segments = loaded(cache, "system hello", 0, 7)
+    assert cache.segments.adopt(b"", ids("system hello"), segments) == 12
+    cache.segments.check()
+    lease = cache.segments.lookup(b"", ids("system hello"))
+    held = [payload for _, _, payload in cache.segments.payloads(lease)]
+    assert all(a is b for a, (_, _, b) in zip(held, segments, strict=True))
+    assert (cache.figure("adopted_tokens"), cache.figure("published_tokens")) == (12, 0)
+    assert cache.found("system help") == 10
+
+
+def test_what_ram_holds_is_not_adopted_twice() -> None:
+    cache = Cache()
+    cache.put("system hello")
+    before = cache.segments.stats()
+    segments = loaded(cache, "system hello", 0, 7)
+    assert cache.segments.adopt(b"", ids("system hello"), segments) == 12
+    assert cache.segments.stats() == before
+
+
+def test_a_loaded_segment_is_cut_where_ram_ends_and_ram_where_it_parts() -> None:
+    cache = Cache()
+    cache.put("system hello you")
+    lease = cache.segments.lookup(b"", ids("system hello you"))
+    segments = loaded(cache, "system hello there", 4)
+    assert cache.segments.adopt(b"", ids("system hello there"), segments) == 18
+    cache.segments.check()
+    assert cache.figure("stored_bytes") == len("system hello you") + len("there")
+    assert cache.found("system hello there") == 18
+    assert [end for _, end, _ in cache.segments.payloads(lease)] == [13, 16]
+
+
+def test_of_a_segment_that_the_path_leaves_only_its_own_tokens_are_adopted() -> None:
+    cache = Cache()
+    foreign = loaded(cache, "system secret", 0)
+    own = loaded(cache, "system hello", 7)
+    assert cache.segments.adopt(b"", ids("system hello"), [*foreign, *own]) == 12
+    assert cache.segments.adopt(b"", ids("sys"), foreign) == 3
+    cache.segments.check()
+    assert cache.found("system secret") == 7
+
+
+def test_a_loaded_segment_behind_a_gap_is_not_adopted() -> None:
+    cache = Cache()
+    cache.put("sys")
+    assert cache.segments.adopt(b"", ids("system hello"), loaded(cache, "system hello", 7)) == 0
+    assert cache.segments.adopt(b"new", ids("system hello"), loaded(cache, "system hello", 7)) == 0
+    assert cache.segments.adopt(b"new", ids("system"), []) == 0
+    assert len(cache.segments._trees) == 1
+    assert cache.found("system hello") == 3
+
+
+def test_a_loaded_state_completes_a_segment_that_lost_its_own() -> None:
+    cache = Cache(STATE)
+    cache.put("system", state=False)
+    assert cache.found("system") == 0
+    assert cache.segments.adopt(b"", ids("system"), loaded(cache, "system", 0, state=False)) == 6
+    assert cache.found("system") == 0
+    assert cache.segments.adopt(b"", ids("system"), loaded(cache, "system", 0)) == 6
+    cache.segments.check()
+    assert cache.found("system") == 6
+    assert cache.figure("stored_bytes") == 6 + STATE_NBYTES
+    assert cache.segments.adopt(b"", ids("system"), loaded(cache, "system", 0, state=False)) == 6
+    assert cache.found("system") == 6
+
+
+def test_a_loaded_segment_replaces_one_that_lacks_tokens_of_a_window_but_never_a_state() -> None:
+    kind = Kind(windows=(4,), stateful=True)
+    cache = Cache(kind)
+    cache.put("abcdef")
+    cache.put("abcdefgh")
+    late = Working(kind, b"", codes("abcdefgh"), 8)
+    for with_state, position in ((False, 8), (True, 8)):
+        fuller = late.capture(6, 8, with_state, True)
+        before = cache.figure("stored_bytes")
+        assert cache.segments.adopt(b"", ids("abcdefgh"), [(6, 8, fuller)]) == 8
+        cache.segments.check()
+        assert cache.found("abcdefgh") == position
+        assert cache.figure("stored_bytes") == before + 2 * with_state
+
+
+def test_adoption_evicts_others_but_not_its_own_path() -> None:
+    cache = Cache(budget=20)
+    cache.put("0123456789")
+    cache.put("abcdefghij")
+    assert cache.segments.adopt(b"", ids("system hello"), loaded(cache, "system hello", 0, 7)) == 12
+    cache.segments.check()
+    assert cache.found("system hello") == 12
+    assert not cache.segments._dropped
+    # Room for one of two segments: the first stays, and nothing of it is taken for the second.
+    assert cache.segments.reserve(8)
+    assert cache.segments.adopt(b"", ids("system hello"), loaded(cache, "system hello", 0, 7)) == 12
+    small = Cache(budget=10)
+    assert small.segments.adopt(b"", ids("system hello"), loaded(small, "system hello", 0, 7)) == 7
+    small.segments.check()
+    assert small.found("system hello") == 7
+
+
+def test_a_state_that_does_not_fit_leaves_the_segment_as_it_was() -> None:
+    cache = Cache(STATE, budget=6 + STATE_NBYTES)
+    cache.put("system", state=False)
+    assert cache.segments.reserve(STATE_NBYTES)
+    assert cache.segments.adopt(b"", ids("system"), loaded(cache, "system", 0)) == 6
+    cache.segments.check()
+    assert cache.segments.usage(b"", ids("system")).num_tokens == 6
+    assert cache.found("system") == 0
+
+
+# -- leases that yield -------------------------------------------------------------------------
+
+
+def test_a_yielding_lease_protects_while_anything_else_can_go() -> None:
+    cache = Cache(budget=20)
+    cache.put("0123456789")
+    lease = cache.segments.lookup(b"", ids("0123456789"), yielding=True)
+    cache.put("abcdefghij")
+    cache.put("klmnopqrst")
+    assert not lease.released
+    assert cache.found("0123456789") == 10 and cache.found("abcdefghij") == 0
+    cache.segments.release(lease)
+    assert not cache.segments._yielding
+
+
+def test_yielding_leases_give_way_oldest_first_when_nothing_else_can_go() -> None:
+    cache = Cache(budget=30)
+    texts = ["0123456789", "abcdefghij", "klmnopqrst"]
+    leases = []
+    for text in texts:
+        cache.put(text)
+        leases.append(cache.segments.lookup(b"", ids(text), yielding=True))
+    firm = cache.segments.lookup(b"", ids(texts[1]))
+    assert cache.segments.reserve(5)
+    assert [lease.released for lease in leases] == [True, False, False]
+    assert cache.segments.reserve(10)
+    assert [lease.released for lease in leases] == [True, True, True]
+    assert not cache.segments.reserve(10)
+    assert [cache.found(text) for text in texts] == [0, 10, 0]
+    assert cache.figure("revoked_leases") == 3
+    cache.segments.check()
+    cache.segments.release(firm)
+    for lease in leases:
+        cache.segments.release(lease)
+        with pytest.raises(LookupError):
+            cache.segments.payloads(lease)
+    cache.segments.check()
+
+
+def test_a_lease_that_was_taken_back_can_be_extended_to_what_is_held_now() -> None:
+    cache = Cache(budget=10)
+    cache.put("0123456789")
+    lease = cache.segments.lookup(b"", ids("0123456789"), yielding=True)
+    cache.put("01234")
+    assert cache.put("abcdefghij") == 10
+    assert lease.released
+    assert cache.segments.extend(lease, ids("0123456789")).num_tokens == 0
+    cache.put("01234")
+    fresh = cache.segments.lookup(b"", ids("0123456789"), yielding=True)
+    assert fresh.num_tokens == 5
+    cache.put("0123456789")
+    longer = cache.segments.extend(fresh, ids("0123456789"))
+    assert longer.num_tokens == 10 and longer.yielding and fresh.released
+
+
+def test_a_yielding_lookup_is_no_use() -> None:
+    cache = Cache(budget=20)
+    cache.put("0123456789")
+    cache.put("abcdefghij")
+    cache.segments.release(cache.segments.lookup(b"", ids("0123456789"), yielding=True))
+    assert cache.segments.held(b"", ids("0123456789abc")) == 10
+    assert cache.segments.held(b"", ids("0123456789abc"), 4) == 4
+    assert cache.segments.held(b"other", ids("0123456789")) == 0
+    assert cache.figure("lookups") == 0
+    cache.put("klmnopqrst")
+    assert cache.found("0123456789") == 0 and cache.found("abcdefghij") == 10

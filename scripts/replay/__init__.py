@@ -1,0 +1,1 @@
+"""What `scripts.replay_trace` runs: requests, tiers, the optimum and made-up scenarios."""
