@@ -26,11 +26,12 @@ from pydantic_settings import (
 )
 
 from kvserve.core.memory import machine_memory
+from kvserve.store.guards import Limits
 
 ENV_PREFIX = "KVSERVE_"
 CONFIG_FILE = "kvserve.toml"
 # A budget this small cannot hold one segment of any model; it is "4" typed for "4GB".
-MIN_RAM_BUDGET = 1 << 20
+MIN_RAM_BUDGET = MIN_DISK_SIZE = 1 << 20
 
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
@@ -64,6 +65,17 @@ def default_data_dir(platform: str, environ: Mapping[str, str], home: Path) -> P
         return home / "Library" / "Application Support" / "kvserve"
     base = Path(environ.get("XDG_DATA_HOME", ""))
     return (base if base.is_absolute() else home / ".local" / "share") / "kvserve"
+
+
+def _parse_disk_size(value: Any) -> Any:
+    if not isinstance(value, str | int):
+        return value
+    if isinstance(value, str) and value.strip().endswith("%"):
+        raise ValueError("should be a size such as 50GB or 512MiB")
+    nbytes = parse_size(value, whole=0)
+    if nbytes < MIN_DISK_SIZE:
+        raise ValueError(f"should be at least 1MiB, not {nbytes} bytes")
+    return nbytes
 
 
 def _parse_ram_budget(value: Any) -> Any:
@@ -107,6 +119,34 @@ class Settings(BaseSettings):
         description="Most memory for conversation state: 4GB, 512MiB, or 40% of the machine's; "
         "by default half of what the model leaves.",
     )
+    persist: Literal["auto", "manual", "off"] = Field(
+        default="auto",
+        description="When conversations are written to disk: behind each turn, when they are "
+        "saved by order, or never.",
+    )
+    conversation_disk_max_gb: float = Field(
+        default=200.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Most GiB that one conversation may take on disk.",
+    )
+    disk_max_percent: float = Field(
+        default=90.0,
+        gt=0,
+        le=100,
+        allow_inf_nan=False,
+        description="How full the disk may become by what is written.",
+    )
+    disk_budget: Annotated[int | None, BeforeValidator(_parse_disk_size)] = Field(
+        default=None,
+        description="Most disk for all conversations, such as 50GB; by default as the other "
+        "limits allow.",
+    )
+    disk_write_budget: Annotated[int | None, BeforeValidator(_parse_disk_size)] = Field(
+        default=None,
+        description="Most that may be written to disk in a day, such as 100GB; by default "
+        "unlimited.",
+    )
     segment_tokens: int = Field(
         default=512,
         ge=16,
@@ -133,6 +173,13 @@ class Settings(BaseSettings):
         description="How a request without a conversation id finds its conversation.",
     )
     caching: bool = Field(default=True, description="Reuse conversation state.")
+    verify_cache: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Share of reused states that is computed again, in idle time, and compared.",
+    )
     keep_alive_s: float = Field(
         default=10.0,
         gt=0,
@@ -164,10 +211,19 @@ class Settings(BaseSettings):
         # No shell has expanded what stands in a file or a variable.
         return value if value is None else type(value)(os.path.expanduser(value))
 
-    @field_validator("log_level", "auto_conversation", mode="before")
+    @field_validator("log_level", "auto_conversation", "persist", mode="before")
     @classmethod
     def _any_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
+
+    def disk_limits(self) -> Limits:
+        """Return what may be written to disk."""
+        return Limits(
+            save_nbytes=round(self.conversation_disk_max_gb * (1 << 30)),
+            disk_share=self.disk_max_percent / 100,
+            store_nbytes=self.disk_budget,
+            daily_nbytes=self.disk_write_budget,
+        )
 
     @classmethod
     def settings_customise_sources(

@@ -12,7 +12,14 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.types import Lifespan
 
-from kvserve.api import chat_completions, conv_kv, health, models
+from kvserve.api import (
+    chat_completions,
+    conv_kv,
+    conv_kv_orders,
+    conv_kv_transfer,
+    health,
+    models,
+)
 from kvserve.api.access_log import AccessLog
 from kvserve.api.errors import (
     ClientGone,
@@ -25,6 +32,7 @@ from kvserve.core.errors import KvserveError
 from kvserve.core.types import SamplingParams
 
 if TYPE_CHECKING:
+    from kvserve.chat.operations import ConversationService
     from kvserve.chat.turn import TurnService
     from kvserve.engine.engine import Engine
 
@@ -34,6 +42,7 @@ MAX_BODY_BYTES = 32 * 2**20
 def create_app(
     *,
     turns: TurnService,
+    conversations: ConversationService,
     engine: Engine,
     max_body_bytes: int = MAX_BODY_BYTES,
     keep_alive_s: float = 5.0,
@@ -49,6 +58,7 @@ def create_app(
     """
     services = Services(
         turns=turns,
+        conversations=conversations,
         engine=engine,
         max_body_bytes=max_body_bytes,
         keep_alive_s=keep_alive_s,
@@ -62,9 +72,12 @@ def create_app(
     app.add_exception_handler(KvserveError, on_kvserve_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(ClientGone, on_client_gone)
-    for part in (chat_completions, models, conv_kv, health):
+    conversations_parts = (conv_kv_orders, conv_kv_transfer, conv_kv)
+    for part in (chat_completions, models, *conversations_parts, health):
         app.include_router(part.routes(services))
     if not log_content:
-        # sse-starlette writes every chunk to its log at level DEBUG, and chunks are users' text.
-        logging.getLogger("sse_starlette").setLevel(logging.INFO)
+        # At level DEBUG these log every chunk of a stream, and every value of a statement: text,
+        # ids, tokens and titles of users.
+        for name in ("sse_starlette", "aiosqlite"):
+            logging.getLogger(name).setLevel(logging.INFO)
     return app

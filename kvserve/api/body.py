@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import anyio
@@ -53,12 +54,43 @@ async def read_json(request: Request, shape: Callable[[Any], T], *, max_bytes: i
     return await anyio.to_thread.run_sync(_decode, data, shape)
 
 
+async def read_optional_json(request: Request, shape: Callable[[Any], T], *, max_bytes: int) -> T:
+    """As `read_json`, but no body at all is the same as `{}`."""
+    if "content-type" in request.headers:
+        return await read_json(request, shape, max_bytes=max_bytes)
+    # Browsers name the page that sends; what a page may send without asking has a type as above.
+    if "origin" in request.headers or await _has_body(request):
+        raise InvalidRequest("The body must be JSON, sent with Content-Type: application/json.")
+    return _decode(bytearray(b"{}"), shape)
+
+
+async def _has_body(request: Request) -> bool:
+    try:
+        return bool(await _read(request, 0))
+    except TooLarge:
+        return True
+    except ClientDisconnect:
+        raise ClientGone from None
+
+
+def declared_length(request: Request) -> int | None:
+    """Return how long the client says that its body is; None if it does not say."""
+    declared = request.headers.get("content-length", "")
+    return int(declared[:20]) if declared.isdecimal() else None
+
+
+async def drained(request: Request, chunks: AsyncGenerator[bytes, None]) -> None:
+    """Take in and drop the rest of a body, for a while, so that its sender sees the answer."""
+    if "expect" not in request.headers:  # such a client waits for our word before it sends
+        with suppress(ClientDisconnect):
+            await _drain(chunks)
+
+
 async def _read(request: Request, max_bytes: int) -> bytearray:
     """Return the whole body; raise `TooLarge` as soon as it is known to be over `max_bytes`."""
     chunks = request.stream()
-    declared = request.headers.get("content-length", "")
     data = bytearray()
-    too_large = declared.isdecimal() and int(declared[:20]) > max_bytes
+    too_large = (declared_length(request) or 0) > max_bytes
     if not too_large:
         async for chunk in chunks:
             if len(data) + len(chunk) > max_bytes:
@@ -67,8 +99,7 @@ async def _read(request: Request, max_bytes: int) -> bytearray:
             data += chunk
     if too_large:
         data.clear()
-        if "expect" not in request.headers:  # such a client waits for our word before it sends
-            await _drain(chunks)
+        await drained(request, chunks)
         raise TooLarge(
             f"The body is over the limit of {max_bytes} bytes.", code="request_too_large"
         )

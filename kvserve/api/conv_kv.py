@@ -15,6 +15,7 @@ from starlette.responses import Response
 from kvserve.api.errors import json_response
 from kvserve.api.identity import checked_id, tenant_of
 from kvserve.api.services import Services
+from kvserve.api.validation import check_query
 from kvserve.core.errors import InvalidRequest
 
 MAX_PAGE = 1000
@@ -32,12 +33,15 @@ def _limit(text: str | None) -> int:
 
 
 def routes(services: Services) -> APIRouter:
+    """Return the routes; to be included behind all others of this prefix."""
     router = APIRouter(prefix="/v1/conv_kv")
+    conversations = services.conversations
 
     @router.get("/stats", response_model=None)
     async def stats(request: Request) -> Response:
+        check_query(request.query_params, "limit", "after")
         after = request.query_params.get("after")
-        page = services.turns.conversations(
+        page = await conversations.page(
             tenant_of(request.headers),
             limit=_limit(request.query_params.get("limit")),
             after=None if after is None else checked_id(after, source="after"),
@@ -50,9 +54,11 @@ def routes(services: Services) -> APIRouter:
         conversation_id = checked_id(request.path_params["id"], source="id")
         tenant = tenant_of(request.headers)
         if request.method == "GET":
-            detail = services.turns.conversation(tenant, conversation_id)
-            return json_response({**asdict(detail.info), "cuts": detail.cuts})
-        services.turns.delete_conversation(tenant, conversation_id)
+            detail = await conversations.detail(tenant, conversation_id)
+            return json_response(
+                {**asdict(detail.info), "cuts": detail.cuts, "shares": detail.shares}
+            )
+        await conversations.delete(tenant, conversation_id)
         return json_response({"status": "deleted", "id": conversation_id})
 
     return router

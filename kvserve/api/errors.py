@@ -28,10 +28,13 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it but th
 _TABLE: Mapping[type[core.KvserveError], tuple[int, str]] = {
     core.InvalidRequest: (400, "invalid_request_error"),
     core.NotFound: (404, "invalid_request_error"),
+    core.Conflict: (409, "invalid_request_error"),
     core.TooLarge: (413, "invalid_request_error"),
+    core.Damaged: (422, "invalid_request_error"),
     core.QueueFull: (429, "rate_limit_error"),
     core.NotReady: (503, "service_unavailable_error"),
     core.RequestFailed: (500, "server_error"),
+    core.OutOfSpace: (507, "insufficient_storage_error"),
 }
 
 

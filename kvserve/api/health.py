@@ -44,6 +44,6 @@ def routes(services: Services) -> APIRouter:
 
     @router.get("/stats", response_model=None)
     async def stats(request: Request) -> Response:
-        return json_response(engine.stats())
+        return json_response({**engine.stats(), "disk": services.conversations.stats()})
 
     return router

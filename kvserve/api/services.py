@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from kvserve.core.types import SamplingParams
 
 if TYPE_CHECKING:  # the engine imports MLX, which HTTP has no use for
+    from kvserve.chat.operations import ConversationService
     from kvserve.chat.turn import TurnService
     from kvserve.engine.engine import Engine
 
@@ -26,6 +27,7 @@ class Services:
     """
 
     turns: TurnService
+    conversations: ConversationService
     engine: Engine
     max_body_bytes: int
     keep_alive_s: float

@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from kvserve.api.identity import conversation_id_of, tenant_of
 from kvserve.api.wire import ChatRequest
+from kvserve.api.wire_conv_kv import WarmRequest
 from kvserve.chat.turn import TurnRequest
 from kvserve.core.types import SamplingParams
 
@@ -47,6 +48,23 @@ def turn_requests_of(
         )
         for index in range(body.n or 1)
     ]
+
+
+def warm_request_of(
+    request: Request, body: WarmRequest, messages: tuple[dict[str, Any], ...], request_id: str
+) -> TurnRequest:
+    """Return what is asked of the chat part to prefill a prompt ahead of its users.
+
+    Headers that name conversations are not looked at: a prompt for many is none of theirs.
+    """
+    return TurnRequest(
+        request_id=request_id,
+        tenant=tenant_of(request.headers),
+        messages=messages,
+        cache_salt=body.cache_salt,
+        tools=body.tool_definitions,
+        template_kwargs=body.chat_template_kwargs or {},
+    )
 
 
 def _sampling(body: ChatRequest, defaults: SamplingParams, index: int) -> SamplingParams:

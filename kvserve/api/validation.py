@@ -7,7 +7,7 @@ so the message that a client gets cannot drift from the check that refused it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, WrapValidator, model_validator
@@ -93,6 +93,18 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
     text = _TEXTS.get(first["type"], "is not valid").format_map(context)
     subject = f"'{param}'" if param else "The body"
     return InvalidRequest(f"{subject} {text}.", param=param or None, code="invalid_value")
+
+
+def check_query(given: Iterable[str], *known: str) -> None:
+    """Raise `InvalidRequest` for a query parameter that is not one of `known`."""
+    for name in given:
+        if name not in known:
+            raise InvalidRequest(
+                f"'{shortened(name)}' is not a parameter that is known here; accepted are "
+                f"{', '.join(known)}.",
+                param=shortened(name),
+                code="invalid_value",
+            )
 
 
 def check_depth(value: Any, *, limit: int = 64) -> Any:

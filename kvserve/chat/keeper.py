@@ -1,7 +1,7 @@
 """What turns leave behind: records in the book of conversations, references in the cache.
 
 State: the book and the set of running turns, owned by the event loop thread; every method runs
-there, is short, and none awaits.
+there and is short; only deleting awaits, for the disk.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from datetime import datetime
 
 import numpy as np
 
+from kvserve.chat.archive import Archive, name_of
 from kvserve.chat.conversations import Conversation, ConversationBook, Key
 from kvserve.chat.messages import extend_identity
 from kvserve.chat.miss import Asked
@@ -39,11 +40,13 @@ class Keeper:
         self,
         book: ConversationBook,
         cache: Cache,
+        archive: Archive,
         info: Callable[[], ModelInfo],
         clock: Callable[[], datetime],
     ) -> None:
         self._book = book
         self._cache = cache
+        self._archive = archive
         self._info = info
         self._clock = clock
         self._runs: set[Run] = set()
@@ -54,9 +57,10 @@ class Keeper:
             return
         if run.request.reset_conversation:
             if run.keep and self._book.remove(run.key) is not None:
-                self._cache.unbind(_name(run.key), drop=False)
+                self._cache.unbind(name_of(run.key), drop=False)
             run.held = None
         self._book.touch(run.key, self._clock())
+        self._archive.used(run.key)
         self._runs.add(run)
 
     def finish(self, run: Run, text: str, event: Finished) -> None:
@@ -72,6 +76,13 @@ class Keeper:
         reply = {"role": "assistant", "content": text}
         chain = (*chain, extend_identity(chain[-1], reply))
         self._record(run, stored, chain=chain, roles=(*roles, "assistant"))
+
+    def settle(self, run: Run, event: Finished) -> Conversation:
+        """Make a prefilled prompt without a reply a conversation; the run must have a key."""
+        self._runs.discard(run)
+        asked = run.asked
+        stored = asked.prompt.token_ids[: event.num_stored]
+        return self._record(run, stored, chain=asked.chain, roles=asked.roles)
 
     def abandon(self, run: Run) -> None:
         """Keep the reference on what was prefilled, unless something newer is there.
@@ -94,10 +105,10 @@ class Keeper:
 
     def _record(
         self, run: Run, token_ids: TokenIds, *, chain: tuple[bytes, ...], roles: tuple[str, ...]
-    ) -> None:
+    ) -> Conversation:
         assert run.key is not None
         now = self._clock()
-        before = self._book.find(*run.key)
+        before = self._book.head(*run.key)
         cuts = [cut for cut in run.asked.prompt.cuts if cut.position <= len(token_ids)]
         if len(token_ids) > len(run.asked.prompt):
             cuts.append(Cut(len(token_ids), len(roles) - 1))
@@ -106,6 +117,7 @@ class Keeper:
             id=run.key[1],
             namespace=run.namespace,
             model=self._info().name,
+            identity=self._info().identity,
             token_ids=token_ids,
             chain=chain,
             roles=roles,
@@ -114,31 +126,37 @@ class Keeper:
             template_digest=run.asked.template_digest,
             created_at=now if before is None else before.created_at,
             used_at=now,
+            title=None if before is None else before.title,
+            saved=before is not None and before.saved,
+            pinned=before is not None and before.pinned,
+            pinned_until=None if before is None else before.pinned_until,
+            expires_at=None if before is None else before.expires_at,
         )
         forgotten = self._book.put(record)
         self._bind(run.key, run.namespace, token_ids)
-        for gone in forgotten:
-            self._cache.unbind(_name(gone.key), drop=False)
+        self._archive.forget(forgotten)
+        if len(token_ids):
+            self._archive.keep(record)
+        return record
 
     def _bind(self, key: Key, namespace: bytes, token_ids: TokenIds) -> None:
         if self._info().caching:
-            self._cache.bind(_name(key), namespace, token_ids)
+            self._cache.bind(name_of(key), namespace, token_ids)
 
-    def delete(self, record: Conversation) -> None:
-        """Forget the conversation and free what it alone holds.
+    def replace(self, record: Conversation) -> None:
+        """Make this the record of its conversation, its reference in the cache moved with it."""
+        self._archive.forget(self._book.put(record))
+        self._bind(record.key, record.namespace, record.token_ids)
+
+    async def delete(self, key: Key) -> None:
+        """Forget the conversation and free what it alone holds, in memory and on disk.
 
         Turns of it that still run are answered, and leave nothing behind.
         """
         for run in self._runs:
-            if run.key == record.key:
+            if run.key == key:
                 run.keep = False
-        self._book.remove(record.key)
-        self._cache.unbind(_name(record.key), drop=True)
-
-
-def _name(key: Key) -> tuple[str, str, str]:
-    """What the conversation's reference is called in the cache."""
-    return ("conv", *key)
+        await self._archive.delete(key)
 
 
 def _same_tip(a: Conversation, b: Conversation) -> bool:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from kvserve.chat.conversations import Conversation
-from kvserve.core.types import Prompt, TokenIds
+from kvserve.core.identity import ModelIdentity
+from kvserve.core.types import Prompt, Started, TokenIds
 
 
 class KvSource(StrEnum):
@@ -44,24 +45,41 @@ def num_shared(a: TokenIds, b: TokenIds) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-def kv_source(held: Conversation, asked: Asked, num_cached: int) -> KvSource:
-    """Return `HIT` if the reused prefix holds a whole message that both have, else `FRESH`."""
+def kv_source(
+    held: Conversation, asked: Asked, started: Started, identity: ModelIdentity
+) -> KvSource:
+    """Return where a whole message that both have was reused from, `FRESH` if none was.
+
+    `SNAPSHOT` if some of it came from disk, else `HIT`.
+    """
+    if held.identity != identity:
+        return KvSource.FRESH
     shared = num_shared(held.token_ids, asked.prompt.token_ids)
     first = held.cuts[0].position if held.cuts else len(held.token_ids)
-    return KvSource.HIT if 0 < first <= min(shared, num_cached) else KvSource.FRESH
+    if not 0 < first <= min(shared, started.num_cached):
+        return KvSource.FRESH
+    return KvSource.SNAPSHOT if started.num_from_disk else KvSource.HIT
 
 
-def miss_reason(held: Conversation, asked: Asked, num_cached: int) -> str | None:
+def miss_reason(
+    held: Conversation, asked: Asked, started: Started, identity: ModelIdentity
+) -> str | None:
     """Return the value of `X-Conv-Miss-Reason`, or None if nothing was missed.
 
     Nothing is missed when the prompt goes on from all that was held, and when it goes back to an
     earlier point of it (a regenerate, a rollback), be it with another suffix behind the last cut.
     """
+    differs = held.identity.differences(identity)
+    if differs == ("chat_template",):
+        return "template_changed"
+    if differs:
+        return f"model_changed; differs={','.join(differs)}"
+    num_cached = started.num_cached
     if len(held.token_ids) == 0:
         return None
     shared = num_shared(held.token_ids, asked.prompt.token_ids)
     if num_cached < _reachable(held, asked, shared):
-        return "evicted"
+        return "corrupt" if started.damaged else "evicted"
     last_cut = asked.prompt.cuts[-1].position if asked.prompt.cuts else len(asked.prompt)
     if shared == len(held.token_ids) or (
         shared >= last_cut and len(asked.chain) <= len(held.chain)

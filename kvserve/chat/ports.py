@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
+from kvserve.core.identity import ModelIdentity
 from kvserve.core.types import Event, GenerationRequest, Prompt, TokenIds
+from kvserve.store.segments import SegmentSource, StoredPath
 
 
 class ModelInfo(Protocol):
@@ -22,6 +24,8 @@ class ModelInfo(Protocol):
     def context_length(self) -> int: ...
     @property
     def caching(self) -> bool: ...
+    @property
+    def identity(self) -> ModelIdentity: ...
 
 
 class Generation(Protocol):
@@ -36,7 +40,26 @@ class Engine(Protocol):
 
     @property
     def info(self) -> ModelInfo: ...
-    def submit(self, request: GenerationRequest) -> Generation: ...
+    def submit(
+        self, request: GenerationRequest, stored: StoredPath | None = None
+    ) -> Generation: ...
+
+
+class StateSource(Protocol):
+    """Where the disk takes KV state from; the engine."""
+
+    def held(self, namespace: bytes, token_ids: TokenIds) -> int:
+        """Return how many leading tokens can be taken up again from memory."""
+
+    def hold(self, namespace: bytes, token_ids: TokenIds) -> Any:
+        """Protect what memory holds of a path, as long as requests can do without its room."""
+
+    def release(self, lease: Any) -> None: ...
+
+    async def sources(
+        self, lease: Any, path: StoredPath, ranges: Sequence[tuple[int, int]]
+    ) -> list[SegmentSource]:
+        """Return what is to be stored of the held path for each of the token ranges."""
 
 
 class PathUsage(Protocol):

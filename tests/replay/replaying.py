@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvserve.chat.conversations import ConversationBook
+from kvserve.app import make_parts
 from kvserve.chat.template import Formatter
 from kvserve.chat.turn import TurnRequest, TurnService
+from kvserve.config import Settings
 from kvserve.core.types import TextPiece, TokenIds
 from kvserve.engine.engine import Engine, EngineSettings
 from kvserve.engine.model import load
@@ -133,10 +134,8 @@ async def replay_on(folder: Path, *, chat_template: str | None = None) -> AsyncI
     await engine.start()
     try:
         formatter = Formatter(engine.model.tokenizer, chat_template=chat_template)
-        service = TurnService(
-            engine=engine, formatter=formatter, cache=engine.cache, book=ConversationBook()
-        )
-        yield Replay(service, formatter, engine)
+        parts = make_parts(Settings(), engine, None, formatter)
+        yield Replay(parts.turns, formatter, engine)
         await engine.call(engine.cache.check)
     finally:
         await engine.stop()

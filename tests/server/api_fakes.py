@@ -20,14 +20,11 @@ import numpy as np
 from fastapi import FastAPI
 
 from kvserve.api.app import create_app
-from kvserve.chat.directory import (
-    ConversationDetail,
-    ConversationInfo,
-    ConversationPage,
-    MessageCut,
-)
+from kvserve.chat.directory import ConversationDetail, ConversationInfo, ConversationPage
+from kvserve.chat.holdings import MessageCut
+from kvserve.chat.operations import WarmedInfo
+from kvserve.chat.refusals import unknown_conversation
 from kvserve.chat.turn import KvSource, TurnRequest
-from kvserve.core.errors import NotFound
 from kvserve.core.types import Finished, FinishReason, TextPiece
 
 MODEL = "someone/tiny-chat"
@@ -77,6 +74,7 @@ def _info(conversation_id: str) -> ConversationInfo:
         tier="ram",
         saved=False,
         pinned=False,
+        pinned_until=None,
         branches=1,
         created_at=datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC),
         used_at=datetime(2026, 1, 2, 3, 4, 6, tzinfo=UTC),
@@ -109,7 +107,6 @@ class FakeTurns:
     # For tests whose server runs in another thread
     first_started: threading.Event = field(default_factory=threading.Event)
     first_closed: threading.Event = field(default_factory=threading.Event)
-    held: dict[str, list[str]] = field(default_factory=dict)
 
     async def start(self, request: TurnRequest) -> FakeTurn:
         self.asked.append(request)
@@ -130,7 +127,41 @@ class FakeTurns:
     def all_closed(self) -> bool:
         return all(turn.closed for turn in self.started)
 
-    def conversations(self, tenant: str, *, limit: int, after: str | None) -> ConversationPage:
+
+class FakeFile:
+    """An export in pieces; an error among them is raised in its place."""
+
+    def __init__(self, pieces: Sequence[bytes | Exception]) -> None:
+        self.pieces = pieces
+        self.nbytes = sum(len(piece) for piece in pieces if isinstance(piece, bytes))
+        self.closed = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            for piece in self.pieces:
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+        finally:
+            self.closed = True
+
+
+@dataclass
+class FakeConversations:
+    """Knows the ids of each tenant. Keeps the orders it was given; `error` refuses them all."""
+
+    held: dict[str, list[str]] = field(default_factory=dict)
+    error: Exception | None = None
+    file: FakeFile = field(default_factory=lambda: FakeFile([b"one", b"two"]))
+    orders: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    received: bytes | None = None
+    let_load: asyncio.Event = field(default_factory=_set_event)
+    num_cancelled: int = 0
+
+    def stats(self) -> dict[str, Any]:
+        return {"persist": "auto"}
+
+    async def page(self, tenant: str, *, limit: int, after: str | None) -> ConversationPage:
         ids = [i for i in self.held.get(tenant, []) if after is None or i > after]
         return ConversationPage(
             items=tuple(_info(i) for i in ids[:limit]),
@@ -139,15 +170,70 @@ class FakeTurns:
             guards={"max_conversations": 9},
         )
 
-    def conversation(self, tenant: str, conversation_id: str) -> ConversationDetail:
-        if conversation_id not in self.held.get(tenant, []):
-            raise NotFound(f"There is no conversation '{conversation_id}'.", param="id")
+    async def detail(self, tenant: str, conversation_id: str) -> ConversationDetail:
         cut = MessageCut(message=0, role="user", start=0, end=7, tier="ram", bytes=700)
-        return ConversationDetail(info=_info(conversation_id), cuts=(cut,))
+        return ConversationDetail(info=self._known(tenant, conversation_id), cuts=(cut,))
 
-    def delete_conversation(self, tenant: str, conversation_id: str) -> None:
-        self.conversation(tenant, conversation_id)
+    async def delete(self, tenant: str, conversation_id: str) -> None:
+        self._known(tenant, conversation_id)
         self.held[tenant].remove(conversation_id)
+
+    async def save(self, tenant: str, conversation_id: str, **how: Any) -> ConversationInfo:
+        return self._obey("save", tenant, conversation_id, how)
+
+    async def load(self, tenant: str, conversation_id: str) -> ConversationInfo:
+        try:
+            await self.let_load.wait()
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        return self._obey("load", tenant, conversation_id, {})
+
+    async def fork(self, tenant: str, conversation_id: str, **how: Any) -> ConversationInfo:
+        self._obey("fork", tenant, conversation_id, how)
+        return _info(how["new_name"] or "conv_new")
+
+    async def rollback(self, tenant: str, conversation_id: str, **how: Any) -> ConversationInfo:
+        return self._obey("rollback", tenant, conversation_id, how)
+
+    async def pin(self, tenant: str, conversation_id: str, **how: Any) -> ConversationInfo:
+        return self._obey("pin", tenant, conversation_id, how)
+
+    async def unpin(self, tenant: str, conversation_id: str) -> ConversationInfo:
+        return self._obey("unpin", tenant, conversation_id, {})
+
+    async def warm(self, request: TurnRequest, **how: Any) -> WarmedInfo:
+        self.orders.append(("warm", {"request": request, **how}))
+        if self.error is not None:
+            raise self.error
+        return WarmedInfo(_info("warm_1"), 5, 2)
+
+    async def export(self, tenant: str, conversation_id: str) -> FakeFile:
+        self._obey("export", tenant, conversation_id, {})
+        return self.file
+
+    async def import_(
+        self, tenant: str, chunks: AsyncIterator[bytes], **how: Any
+    ) -> ConversationInfo:
+        self.orders.append(("import", how))
+        if self.error is not None:
+            raise self.error
+        self.received = b"".join([chunk async for chunk in chunks])
+        return _info(how["new_name"] or "from-file")
+
+    def _obey(
+        self, order: str, tenant: str, conversation_id: str, how: dict[str, Any]
+    ) -> ConversationInfo:
+        info = self._known(tenant, conversation_id)
+        self.orders.append((order, how))
+        if self.error is not None:
+            raise self.error
+        return info
+
+    def _known(self, tenant: str, conversation_id: str) -> ConversationInfo:
+        if conversation_id not in self.held.get(tenant, []):
+            raise unknown_conversation()
+        return _info(conversation_id)
 
 
 @dataclass
@@ -171,10 +257,16 @@ class FakeEngine:
 
 
 def make_app(
-    turns: FakeTurns | None = None, engine: FakeEngine | None = None, **settings: Any
+    turns: FakeTurns | None = None,
+    engine: FakeEngine | None = None,
+    conversations: FakeConversations | None = None,
+    **settings: Any,
 ) -> FastAPI:
     return create_app(
-        turns=cast(Any, turns or FakeTurns()), engine=cast(Any, engine or FakeEngine()), **settings
+        turns=cast(Any, turns or FakeTurns()),
+        conversations=cast(Any, conversations or FakeConversations()),
+        engine=cast(Any, engine or FakeEngine()),
+        **settings,
     )
 
 

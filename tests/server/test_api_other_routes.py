@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from starlette.datastructures import Headers
 
-from kvserve.api.identity import tenant_of
 from tests.server.api_fakes import (
     CHAT,
     MODEL,
     FakeEngine,
     FakeInfo,
-    FakeTurns,
     client_of,
     error_of,
     make_app,
@@ -27,8 +24,8 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-async def get(path: str, turns: FakeTurns | None = None, engine: FakeEngine | None = None) -> Any:
-    async with client_of(make_app(turns, engine)) as client:
+async def get(path: str, engine: FakeEngine | None = None) -> Any:
+    async with client_of(make_app(engine=engine)) as client:
         return await client.get(path)
 
 
@@ -46,74 +43,6 @@ async def test_models_lists_the_one_that_is_served() -> None:
     missing = await get("/v1/models/other/model")
     assert missing.status_code == 404
     assert error_of(missing)["code"] == "model_not_found"
-
-
-async def test_conversations_are_paged_within_limits() -> None:
-    turns = FakeTurns(held={"": ["a", "b", "c", "d"]})
-    page = (await get("/v1/conv_kv/stats?limit=2&after=a", turns)).json()
-    assert [item["id"] for item in page["items"]] == ["b", "c"]
-    assert page["items"][0] == {
-        "id": "b",
-        "title": None,
-        "model": MODEL,
-        "tokens": 7,
-        "messages": 1,
-        "bytes": 700,
-        "shared_bytes": 0,
-        "tier": "ram",
-        "saved": False,
-        "pinned": False,
-        "branches": 1,
-        "created_at": "2026-01-02T03:04:05Z",
-        "used_at": "2026-01-02T03:04:06Z",
-        "expires_at": None,
-    }
-    assert page["totals"] == {"conversations": 3}
-    assert page["guards"] == {"max_conversations": 9}
-    assert page["has_more"]
-    assert (await get("/v1/conv_kv/stats?limit=1000", turns)).status_code == 200
-    for limit in ("0", "1001", "-1", "x", "", "1.5", "٣", "9" * 5000):
-        response = await get(f"/v1/conv_kv/stats?limit={limit}", turns)
-        assert response.status_code == 400
-        assert error_of(response)["param"] == "limit"
-    response = await get("/v1/conv_kv/stats?after=a/b", turns)
-    assert error_of(response)["param"] == "after"
-
-
-async def test_a_conversation_can_be_looked_at_and_forgotten() -> None:
-    turns = FakeTurns(held={"": ["a:b"]})
-    async with client_of(make_app(turns)) as client:
-        detail = (await client.get("/v1/conv_kv/a:b")).json()
-        assert (detail["id"], detail["tokens"]) == ("a:b", 7)
-        assert detail["cuts"] == [
-            {"message": 0, "role": "user", "start": 0, "end": 7, "tier": "ram", "bytes": 700}
-        ]
-        response = await client.delete("/v1/conv_kv/a:b")
-        assert response.json() == {"status": "deleted", "id": "a:b"}
-        for gone in (await client.get("/v1/conv_kv/a:b"), await client.delete("/v1/conv_kv/a:b")):
-            assert gone.status_code == 404
-            assert "a:b" in error_of(gone)["message"]
-
-
-async def test_another_keys_conversation_is_as_unknown_as_none() -> None:
-    headers = {"Authorization": "Bearer alice"}
-    tenant = tenant_of(Headers(headers))
-    async with client_of(make_app(FakeTurns(held={tenant: ["mine"]}))) as client:
-        assert (await client.get("/v1/conv_kv/mine", headers=headers)).status_code == 200
-        for other in ({}, {"Authorization": "Bearer bob"}):
-            assert (await client.get("/v1/conv_kv/mine", headers=other)).status_code == 404
-            assert (await client.delete("/v1/conv_kv/mine", headers=other)).status_code == 404
-            page = await client.get("/v1/conv_kv/stats", headers=other)
-            assert page.json()["items"] == []
-
-
-@pytest.mark.parametrize("bad", ["a/b", "a%2Fb", "x" * 300, "a%20b", "%C3%A4", "%FF", "", "a//b"])
-async def test_an_id_that_is_none_is_refused(bad: str) -> None:
-    async with client_of(make_app()) as client:
-        for method in ("GET", "DELETE"):
-            response = await client.request(method, f"/v1/conv_kv/{bad}")
-            assert response.status_code == 400
-            assert error_of(response)["param"] == "id"
 
 
 async def test_health_says_that_it_is_alive_and_what_caching_does() -> None:
@@ -142,8 +71,10 @@ async def test_a_loading_server_is_alive_but_not_ready() -> None:
     assert (response.status_code, response.json()["status"]) == (200, "ready")
 
 
-async def test_stats_are_the_engines() -> None:
-    assert (await get("/stats")).json() == {"num_running": 1, "tokens": {"prefilled": 7}}
+async def test_stats_are_the_engines_and_the_disks() -> None:
+    disk = {"persist": "auto"}
+    engine = {"num_running": 1, "tokens": {"prefilled": 7}}
+    assert (await get("/stats")).json() == {**engine, "disk": disk}
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/nothing", "/docs", "/openapi.json", "/health/"])

@@ -115,3 +115,17 @@ def test_settings_come_from_the_environment_and_bad_ones_are_refused(tmp_path: P
     assert server.process.wait(120) == 2
     server.end()
     assert "--max-queue" in server.log
+
+
+def test_a_second_server_on_one_data_folder_is_refused_in_words(tmp_path: Path) -> None:
+    first = start_server(tmp_path)
+    first.wait_ready()
+    second = start_server(tmp_path)
+    assert second.process.wait(120) == 2
+    assert second.end() == 2
+    assert second.log.count("kvserve: ") == 1 and "Traceback" not in second.log
+    assert first.url in second.log and str(first.process.pid) in second.log
+    assert "loading" not in second.log
+    third = start_server(tmp_path, "--persist", "off")
+    third.wait_ready()
+    assert third.end() == first.end() == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Hashable, Iterator
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from kvserve.cache.stored import needed, restorable
+from kvserve.core.identity import ModelIdentity
 from kvserve.core.types import (
     Event,
     Finished,
@@ -22,6 +24,9 @@ from kvserve.core.types import (
     TextPiece,
     TokenIds,
 )
+from kvserve.store.errors import SnapshotDamaged, SourceGone
+from kvserve.store.segments import PackedSegment, SegmentSource, StoredPath, StoredSegment
+from tests.unit.snapshot_fixtures import IDENTITY, ListSource, make_segment, make_spec
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -89,6 +94,7 @@ class Info:
     name: str = "tiny"
     context_length: int = 4096
     caching: bool = True
+    identity: ModelIdentity = IDENTITY
 
 
 @dataclass(frozen=True)
@@ -133,8 +139,15 @@ class FakeCache:
 class FakeGeneration:
     """Answers with `reply`, a token for each of its bytes; keeps `kept` tokens when it is cut."""
 
-    def __init__(self, engine: FakeEngine, request: GenerationRequest, reply: str) -> None:
+    def __init__(
+        self,
+        engine: FakeEngine,
+        request: GenerationRequest,
+        reply: str,
+        stored: StoredPath | None = None,
+    ) -> None:
         self.request = request
+        self.stored = stored
         self.num_closed = 0
         self._engine = engine
         self._reply = reply
@@ -158,7 +171,12 @@ class FakeGeneration:
         kept = prompt.token_ids if engine.kept is None else prompt.token_ids[: engine.kept]
         if self.request.use_cache:
             engine.cache.paths.append((self.request.namespace, kept))
-        yield Started(cached, len(prompt) - cached)
+        held, (cached, damaged) = cached, self._fetched(cached)
+        yield Started(cached, len(prompt) - cached, cached - held, damaged)
+        if not self.request.max_tokens:
+            nothing = np.zeros(0, np.uint32)
+            yield Finished(FinishReason.LENGTH, nothing, len(prompt), 0.0, 0.0)
+            return
         for i, character in enumerate(self._reply):
             yield TextPiece(character, i + 1)
             if engine.fail_after:
@@ -169,9 +187,27 @@ class FakeGeneration:
             engine.cache.paths.append((self.request.namespace, path))
         yield Finished(FinishReason.STOP, ids, len(path), 0.0, 0.0)
 
+    def _fetched(self, cached: int) -> tuple[int, bool]:
+        """Return how far memory and disk reach together, and whether a file was damaged."""
+        read = self._engine.read
+        if self.stored is None or read is None:
+            return cached, False
+        position = restorable(self.stored, len(self.request.prompt) - 1, cached)
+        try:
+            read(needed(self.stored, position, cached))
+        except SnapshotDamaged:
+            return cached, True
+        return position, False
+
 
 @dataclass
 class FakeEngine:
+    """Generates `replies`, and gives the disk what its cache holds, as the real one does.
+
+    `read` is the disk's. `let_go` stands for memory that requests took back: then nothing can be
+    written.
+    """
+
     cache: FakeCache
     info: Info = Info()
     replies: list[str] = field(default_factory=list)
@@ -179,11 +215,34 @@ class FakeEngine:
     fail_before: Exception | None = None
     fail_after: Exception | None = None
     submitted: list[FakeGeneration] = field(default_factory=list)
+    read: Callable[[Sequence[StoredSegment]], list[PackedSegment]] | None = None
+    let_go: bool = False
+    num_leases: int = 0
 
-    def submit(self, request: GenerationRequest) -> FakeGeneration:
-        reply = self.replies.pop(0) if self.replies else "ok"
-        self.submitted.append(FakeGeneration(self, request, reply))
+    def submit(
+        self, request: GenerationRequest, stored: StoredPath | None = None
+    ) -> FakeGeneration:
+        reply = self.replies.pop(0) if self.replies and request.max_tokens else "ok"
+        self.submitted.append(FakeGeneration(self, request, reply, stored))
         return self.submitted[-1]
+
+    def held(self, namespace: bytes, token_ids: TokenIds) -> int:
+        return self.cache.longest(namespace, token_ids)
+
+    def hold(self, namespace: bytes, token_ids: TokenIds) -> list[int]:
+        self.num_leases += 1
+        return [self.held(namespace, token_ids)]
+
+    def release(self, lease: list[int]) -> None:
+        self.num_leases -= len(lease)
+        lease.clear()
+
+    async def sources(
+        self, lease: list[int], path: StoredPath, ranges: Sequence[tuple[int, int]]
+    ) -> list[SegmentSource]:
+        if self.let_go or any(end > lease[0] for _, end in ranges):
+            raise SourceGone
+        return [ListSource([make_segment(make_spec(*at))]) for at in ranges]
 
     def encode(self, text: str) -> TokenIds:
         ids = byte_tokenizer().encode(text + "<|im_end|>", add_special_tokens=False)

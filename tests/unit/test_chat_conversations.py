@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 
-from kvserve.chat.conversations import Conversation, ConversationBook
+from kvserve.chat.conversations import Conversation, ConversationBook, warm_id
 from kvserve.chat.messages import identity_chain
 from kvserve.chat.miss import Asked, KvSource, kv_source, miss_reason
 from kvserve.chat.request import namespace_of
-from kvserve.core.types import Cut, Prompt
+from kvserve.core.types import Cut, Prompt, Started
 from tests.unit.chat_fixtures import chat, message
+from tests.unit.snapshot_fixtures import IDENTITY
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SPACE = namespace_of("", None)
@@ -34,6 +36,7 @@ def held(
         id=id_,
         namespace=namespace_of(tenant, None),
         model="tiny",
+        identity=IDENTITY,
         token_ids=np.array(tokens or [1], dtype=np.uint32),
         chain=identity_chain(messages),
         roles=tuple(m["role"] for m in messages),
@@ -143,7 +146,11 @@ HELD = held("q", "r", tokens=[*range(10)], cuts=(3, 6, 10), tools=b"t", template
 
 
 def why(prompt: Asked, num_cached: int) -> tuple[KvSource, str | None]:
-    return kv_source(HELD, prompt, num_cached), miss_reason(HELD, prompt, num_cached)
+    started = Started(num_cached, len(prompt.prompt) - num_cached)
+    return (
+        kv_source(HELD, prompt, started, IDENTITY),
+        miss_reason(HELD, prompt, started, IDENTITY),
+    )
 
 
 def ask(
@@ -209,11 +216,83 @@ def test_a_conversation_that_held_nothing_misses_nothing() -> None:
     empty = held("q", "r")
     object.__setattr__(empty, "token_ids", np.array([], dtype=np.uint32))
     prompt = ask("q", tokens=[1, 2], cuts=(1,))
-    assert miss_reason(empty, prompt, 0) is None
-    assert kv_source(empty, prompt, 1) is KvSource.FRESH
+    assert miss_reason(empty, prompt, Started(0, 2), IDENTITY) is None
+    assert kv_source(empty, prompt, Started(1, 1), IDENTITY) is KvSource.FRESH
 
 
 def test_a_user_message_is_compared_exactly_and_reasoning_is_forgiven() -> None:
     one = identity_chain([message("user", "a"), message("assistant", "b", reasoning_content="r")])
     assert one == identity_chain([message("user", "a"), message("assistant", "b")])
     assert one[:2] != identity_chain([message("user", "a ")])
+
+
+def test_a_durable_conversation_goes_back_to_being_a_head() -> None:
+    book = ConversationBook(max_conversations=1)
+    book.put(held("a", "b", id_="1"))
+    book.mark_durable(("", "1"))
+    assert [gone.id for gone in book.put(held("c", "d", id_="2"))] == ["1"]
+    assert book.find("", "1") is None and book.head("", "1") is not None
+    found = book.continued_by("", SPACE, identity_chain(chat("a", "b", "x")))
+    assert found is not None and found.id == "1"
+    assert book.is_durable(("", "1")) and not book.is_durable(("", "2"))
+    book.revise(("", "1"), pinned=True, title="kept")
+    head = book.head("", "1")
+    assert head is not None and head.pinned and head.title == "kept"
+    book.check()
+
+
+def test_what_is_on_disk_is_learned_but_never_over_what_is_known() -> None:
+    book = ConversationBook()
+    book.put(held("a", "b", id_="1"))
+    book.learn([held("x", "y", id_="1").head, held("c", "d", id_="2").head])
+    known = book.find("", "1")
+    assert known is not None and known.chain == identity_chain(chat("a", "b"))
+    assert not book.is_durable(("", "1")) and book.is_durable(("", "2"))
+    book.check()
+
+
+def test_of_two_with_one_history_the_preferred_is_found_and_then_the_other() -> None:
+    book = ConversationBook()
+    book.put(held("a", "b", id_="source"))
+    book.put(held("a", "b", id_="fork"))
+    book.prefer(("", "source"))
+
+    def find() -> str | None:
+        found = book.continued_by("", SPACE, identity_chain(chat("a", "b", "c")))
+        return None if found is None else found.id
+
+    assert find() == "source"
+    book.check()
+    book.remove(("", "source"))
+    assert find() == "fork"
+    book.remove(("", "fork"))
+    assert find() is None
+    book.check()
+
+
+def test_a_warmed_prompt_is_nobodys_history() -> None:
+    book = ConversationBook()
+    book.put(held("a", id_=warm_id(b"12")))
+    assert book.continued_by("", SPACE, identity_chain(chat("a", "b", "c"))) is None
+    book.check()
+    book.remove(("", warm_id(b"12")))
+    book.check()
+
+
+def test_another_models_state_is_a_miss_that_says_what_differs() -> None:
+    more = ask("q", "r", "s", tokens=[*range(14)], cuts=(3, 6, 10, 12))
+    started = Started(0, 14)
+    for change, reason in (
+        ({"chat_template": "x"}, "template_changed"),
+        ({"weights": "x"}, "model_changed; differs=weights"),
+        ({"kv_dtype": "x", "layout": "2"}, "model_changed; differs=kv_dtype,layout"),
+    ):
+        now = replace(IDENTITY, **change)
+        assert miss_reason(HELD, more, started, now) == reason
+        assert kv_source(HELD, more, started, now) is KvSource.FRESH
+
+
+def test_what_came_from_disk_is_a_snapshot_and_a_damaged_file_is_the_reason() -> None:
+    more = ask("q", "r", "s", tokens=[*range(14)], cuts=(3, 6, 10, 12))
+    assert kv_source(HELD, more, Started(10, 4, 4), IDENTITY) is KvSource.SNAPSHOT
+    assert miss_reason(HELD, more, Started(6, 8, 0, damaged=True), IDENTITY) == "corrupt"

@@ -4,94 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from kvserve.chat.conversations import ConversationBook
 from kvserve.chat.keeper import Run
-from kvserve.chat.template import Formatter
-from kvserve.chat.turn import AutoConversation, KvSource, Turn, TurnRequest, TurnService
+from kvserve.chat.turn import KvSource
 from kvserve.core.errors import (
     ContextTooLong,
     InvalidRequest,
     KvserveError,
-    NotFound,
     QueueFull,
     RequestFailed,
 )
-from kvserve.core.types import Finished, TextPiece
-from tests.unit.chat_fixtures import (
-    THINKING,
-    FakeCache,
-    FakeEngine,
-    Info,
-    byte_tokenizer,
-    chat,
-    message,
-)
-
-SYSTEM = "You are a patient helper."
-
-
-class House:
-    """A turn service over fakes, with a clock that moves a second at each look."""
-
-    def __init__(
-        self,
-        auto: AutoConversation = "content",
-        *,
-        info: Info | None = None,
-        template: str | None = None,
-        max_conversations: int = 100,
-    ) -> None:
-        self.cache = FakeCache()
-        self.engine = FakeEngine(self.cache, info=info or Info())
-        self.book = ConversationBook(max_conversations=max_conversations)
-        self._now = datetime(2026, 1, 1, tzinfo=UTC)
-        self.turns = TurnService(
-            engine=self.engine,
-            formatter=Formatter(byte_tokenizer(), chat_template=template),
-            cache=self.cache,
-            book=self.book,
-            auto_conversation=auto,
-            clock=self.tick,
-        )
-
-    def tick(self) -> datetime:
-        self._now += timedelta(seconds=1)
-        return self._now
-
-    async def start(self, *words: str, system: str | None = SYSTEM, **more: Any) -> Turn:
-        more.setdefault("tenant", "")
-        messages = tuple(more.pop("messages", chat(*words, system=system)))
-        return await self.turns.start(TurnRequest(request_id="r", messages=messages, **more))
-
-    async def say(self, *words: str, reply: str = "ok", **more: Any) -> Turn:
-        """Start a turn and read it to its end."""
-        self.engine.replies.append(reply)
-        turn = await self.start(*words, **more)
-        assert await text_of(turn) == reply
-        return turn
-
-
-async def text_of(turn: Turn) -> str:
-    try:
-        return "".join([e.text async for e in turn if isinstance(e, TextPiece)])
-    finally:
-        await turn.aclose()
-
-
-def run(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    """Run an async test on a loop of its own."""
-
-    def sync() -> None:
-        asyncio.run(test())
-
-    sync.__name__ = test.__name__
-    return sync
+from kvserve.core.types import Finished
+from tests.unit.chat_fixtures import THINKING, Info, byte_tokenizer, chat, message
+from tests.unit.chat_house import House, run, text_of
 
 
 @run
@@ -166,11 +94,11 @@ async def test_off_keeps_no_conversation_but_those_named() -> None:
 async def test_reset_starts_the_id_anew() -> None:
     house = House()
     await house.say("Hi", conversation_id="c")
-    created = house.turns.conversation("", "c").info.created_at
+    created = (await house.info("c")).created_at
     turn = await house.say("Other", conversation_id="c", reset_conversation=True)
     assert (turn.kv, turn.miss_reason, turn.conversation_id) == (KvSource.FRESH, None, "c")
     assert (("conv", "", "c"), False) in house.cache.dropped
-    assert house.turns.conversation("", "c").info.created_at > created
+    assert (await house.info("c")).created_at > created
     renewed = await house.say("Hi", "ok", "x", reset_conversation=True)
     assert renewed.conversation_id != "c"
 
@@ -207,7 +135,7 @@ async def test_a_cancelled_first_turn_leaves_what_was_prefilled() -> None:
     await turn.aclose()
     assert [e async for e in turn] == []
     assert house.engine.submitted[0].num_closed >= 1
-    assert house.turns.conversation("", "c").info.tokens == 50
+    assert (await house.info("c")).tokens == 50
     retry = await house.say("Hi" * 50, conversation_id="c")
     assert (retry.kv, retry.num_cached, retry.miss_reason) == (KvSource.HIT, 50, None)
 
@@ -386,61 +314,12 @@ async def test_rendering_leaves_the_event_loop_free() -> None:
 
 
 @run
-async def test_the_list_shows_own_conversations_page_by_page() -> None:
-    house = House()
-    for i in range(5):
-        await house.say(f"Hi {i}", conversation_id=f"a{i}", tenant="A")
-    await house.say("Secret", conversation_id="b", tenant="B")
-    first = house.turns.conversations("A", limit=2)
-    assert [item.id for item in first.items] == ["a4", "a3"] and first.has_more
-    rest = house.turns.conversations("A", limit=9, after="a3")
-    assert [item.id for item in rest.items] == ["a2", "a1", "a0"] and not rest.has_more
-    assert first.totals["conversations"] == 5 and first.totals["messages"] == 15
-    item = first.items[0]
-    assert (item.tier, item.model, item.saved, item.pinned) == ("ram", "tiny", False, False)
-    assert item.bytes == 10 * item.tokens and item.created_at <= item.used_at
-    for bad in ({"limit": 0}, {"after": "b"}):
-        with pytest.raises(InvalidRequest):
-            house.turns.conversations("A", **bad)
-
-
-@run
-async def test_one_conversation_shows_its_cuts() -> None:
-    house = House()
-    await house.say("Hi", "ok", "And?", conversation_id="c", reply="Yes.")
-    detail = house.turns.conversation("", "c")
-    assert [cut.role for cut in detail.cuts] == ["system", "user", "assistant", "user", "assistant"]
-    starts, ends = [c.start for c in detail.cuts], [c.end for c in detail.cuts]
-    assert starts == [0, *ends[:-1]] and ends[-1] == detail.info.tokens
-    assert {cut.tier for cut in detail.cuts} == {"ram"}
-    assert abs(sum(cut.bytes for cut in detail.cuts) - detail.info.bytes) <= len(detail.cuts)
-    house.cache.paths.clear()
-    gone = house.turns.conversation("", "c")
-    assert gone.info.tier == "none" and gone.info.bytes == 0
-    assert {cut.tier for cut in gone.cuts} == {"none"}
-
-
-@run
-async def test_others_conversations_are_not_found() -> None:
-    house = House()
-    await house.say("Hi", conversation_id="c", tenant="A")
-    for act in (house.turns.conversation, house.turns.delete_conversation):
-        for tenant, id_ in (("B", "c"), ("", "c"), ("A", "d")):
-            with pytest.raises(NotFound, match="no conversation of this id"):
-                act(tenant, id_)
-    house.turns.delete_conversation("A", "c")
-    assert house.cache.dropped == [(("conv", "A", "c"), True)]
-    with pytest.raises(NotFound):
-        house.turns.conversation("A", "c")
-
-
-@run
 async def test_a_turn_that_ends_after_its_conversation_was_deleted_does_not_revive_it() -> None:
     house = House()
     await house.say("Hi", conversation_id="c")
     house.engine.replies.append("late")
     turn = await house.start("Hi", "ok", "x", conversation_id="c")
-    house.turns.delete_conversation("", "c")
+    await house.conversations.delete("", "c")
     assert await text_of(turn) == "late"
     assert len(house.book) == 0 and not house.cache.bound
 

@@ -103,6 +103,9 @@ def test_home_is_expanded_where_no_shell_did(tmp_path: Path) -> None:
         ("keep_alive_s", "0"),
         ("auto_conversation", "sometimes"),
         ("caching", "perhaps"),
+        ("verify_cache", "1.1"),
+        ("verify_cache", "-0.1"),
+        ("verify_cache", "nan"),
         ("log_level", "loud"),
         ("ram_budget", "4 apples"),
         ("ram_budget", "4"),
@@ -202,6 +205,8 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
     rows = dict(re.findall(r"^\| `--([a-z-]+)` \| ([^|]*) \|", readme, re.MULTILINE))
     assert list(rows) == [config.flag_of(name)[2:] for name in Settings.model_fields]
     for name, field in Settings.model_fields.items():
-        default = {True: "on", False: "off"}.get(field.default, field.default)
-        if isinstance(field.default, bool | str | int | float):
+        default = field.default
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        if isinstance(default, str | int | float):
             assert rows[config.flag_of(name)[2:]].strip() == f"`{default}`", name
