@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from kvserve import __version__
+from kvserve.cli.cache import commands as cache
 from kvserve.cli.serve import serve
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(serve)
+app.add_typer(cache.app, name="cache")
 
 
 def _print_version(wanted: bool) -> None:
