@@ -1,0 +1,1 @@
+"""What `scripts.measure_store` measures: readiness, restoring, writing."""
