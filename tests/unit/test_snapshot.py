@@ -165,7 +165,8 @@ def test_one_segment_at_a_time_is_in_memory(tmp_path: Path) -> None:
     source = CountingSource([make_segment(make_spec(i, i + 1)) for i in range(5)])
     header = make_header(source.specs)
     asyncio.run(write_snapshot(Disk(), header, source, target=tmp_path / "f", drafts=tmp_path))
-    assert source.most == 0
+    # The thread that wrote the last one may let go of it a moment after it has said so.
+    assert source.most <= len(source.segments[0].data)
 
 
 @pytest.mark.parametrize("fails_at", [0, 2])
