@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sqlalchemy import Connection
 
 from kvserve.core.identity import ModelIdentity
 from kvserve.core.keys import prefix_key, root_key
 from kvserve.core.types import TokenIds
 from kvserve.store.catalog import Catalog
+from kvserve.store.catalog_runs import key_within, split_run
 from kvserve.store.migrate import upgrade
 from kvserve.store.records import ConversationHead, StoredConversation, StoredMessage
 from kvserve.store.runs import Commit, Fill, NewRun, RunFile
@@ -167,6 +169,16 @@ def filling(run_id: int, tokens: Iterable[int], start: int, *, file: str = "fill
         content=content(file, start, end),
     )
     return Commit(identity=IDENTITY, namespace=NAMESPACE, now=NOW, fills=[fill])
+
+
+async def split(catalog: Catalog, run_id: int, position: int) -> int:
+    """Cut a run without a file in two, as a newcomer does that parts from it there."""
+
+    def work(connection: Connection) -> int:
+        key = key_within(connection, run_id, position)
+        return split_run(connection, run_id, position, key)
+
+    return await catalog.database.write(work)
 
 
 def renamed(whole: StoredConversation, id: str) -> StoredConversation:

@@ -8,7 +8,7 @@ used, and becomes a conversation of whoever sent it, in that tenant's namespace.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -22,7 +22,6 @@ from kvserve.chat.refusals import model_changed, unreadable_upload
 from kvserve.chat.request import namespace_of
 from kvserve.store.errors import SnapshotDamaged
 from kvserve.store.offload import offload
-from kvserve.store.segments import SegmentSource, StoredPath
 from kvserve.store.staging import stage
 from kvserve.store.transfer import Staged
 
@@ -77,14 +76,8 @@ class Importer:
             )
         )
         check_record(found)
-
-        async def sources(
-            path: StoredPath, ranges: Sequence[tuple[int, int]]
-        ) -> Sequence[SegmentSource]:
-            return [staged.source(start, end) for start, end in ranges]
-
         record = replace(found, saved=True)
-        await self._archive.admit(record, sources)
+        await self._archive.admit(record, staged.open_source)
         return record
 
 

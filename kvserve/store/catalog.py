@@ -33,7 +33,6 @@ from kvserve.store.database import Database
 from kvserve.store.guards import Holding
 from kvserve.store.records import ConversationHead, StoredConversation
 from kvserve.store.runs import (
-    Candidate,
     Commit,
     Found,
     Kin,
@@ -153,23 +152,6 @@ class Catalog:
             found |= await self.database.read(lambda c, chunk=chunk: space.usage(c, chunk))  # type: ignore[misc]
         return found
 
-    async def candidates(
-        self, now: datetime, *, spared: Iterable[int] = (), limit: int = 256
-    ) -> list[Candidate]:
-        """Return at most `limit` runs that may be evicted now, the longest unused first.
-
-        Never one of `spared`, nor one on the path of a protected conversation. When they are gone,
-        runs above them may follow: ask again.
-        """
-        return await self.database.read(lambda c: space.candidates(c, now, spared, limit))
-
-    async def evictable_nbytes(self, now: datetime, *, spared: Iterable[int] = ()) -> int:
-        """Return the bytes of all files that eviction, repeated, could free.
-
-        It never takes `spared` runs, nor what is above them.
-        """
-        return await self.database.read(lambda c: space.evictable_nbytes(c, now, spared))
-
     async def holdings(self, now: datetime) -> list[Holding]:
         """Return all runs as eviction sees them."""
         return await self.database.read_apart(lambda c: holdings(c, now))
@@ -195,28 +177,15 @@ class Catalog:
 
         return await self.database.write(work)
 
-    async def split(self, run_id: int, position: int) -> int:
-        """Cut a run without a file in two; return the id of the part behind `position`.
-
-        The part before it keeps the id. Raises TreeChanged.
-        """
-
-        def work(connection: Connection) -> int:
-            key = tree.key_within(connection, run_id, position)
-            return tree.split_run(connection, run_id, position, key)
-
-        return await self.database.write(work)
-
-    async def collect(self, *, before: datetime | None = None, files: bool = True) -> list[str]:
+    async def collect(self, *, before: datetime | None = None) -> list[str]:
         """Delete runs on no conversation's path; return the files to remove.
 
-        With `before`, those with a file only if unused since then. Without `files`, only rows
-        that have none.
+        With `before`, those with a file only if unused since then.
         """
 
         def work(connection: Connection) -> list[str]:
             ids = space.unreferenced(connection, before)
-            names = leaves.prune(connection, ids, with_files=files)
+            names = leaves.prune(connection, ids, with_files=True)
             talks.drop_roots(connection)
             return names
 

@@ -1,16 +1,16 @@
-"""What the index knows of room: sums, what may be evicted, what is shared, what is of no use.
+"""What the index knows of room: sums, what is protected, what is shared, what is of no use.
 
 State: none; functions over a connection, called by `kvserve.store.catalog` inside a transaction.
-Finds and counts; which of the candidates go is decided elsewhere, by a pure policy.
+Finds and counts; what leaves for want of room is decided in `kvserve.store.guards`.
 
 A conversation is **protected** when it was saved by order, or is pinned and the pin has not run
-out. What lies on the path to its tip is never a candidate.
+out. What lies on the path to its tip is never evicted.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,8 +29,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from kvserve.store.catalog_conversations import named
-from kvserve.store.catalog_prune import among, json_list
-from kvserve.store.runs import Candidate, PathUsage, Totals
+from kvserve.store.catalog_prune import json_list
+from kvserve.store.runs import PathUsage, Totals
 from kvserve.store.tables import conversations, runs, writes
 
 Key = tuple[str, str]
@@ -42,65 +42,6 @@ def protected(now: datetime) -> ColumnElement[bool]:
     until = conversations.c.pinned_until
     lasts = or_(until.is_(None), until > now)
     return or_(conversations.c.saved, and_(conversations.c.pinned, lasts))
-
-
-def candidates(
-    connection: Connection, now: datetime, spared: Iterable[int], limit: int
-) -> list[Candidate]:
-    """Return at most `limit` runs that may be evicted now, the longest unused first.
-
-    Those are runs with a file, with no file below them, on no protected conversation's path, and
-    not among `spared`.
-    """
-    child = runs.alias("child")
-    below = select(runs.c.id.label("id")).correlate(runs).cte("below", recursive=True, nesting=True)
-    below = below.union_all(
-        select(child.c.id).select_from(below.join(child, child.c.parent_id == below.c.id))
-    )
-    held, tip = runs.alias("held"), conversations.c.tip_id == below.c.id
-    needed = (  # seen from one run: of it and those below it, the first that forbids
-        select(below.c.id)
-        .where(
-            or_(
-                select(held.c.id)
-                .where(held.c.parent_id == below.c.id, held.c.file.is_not(None))
-                .exists(),
-                select(conversations.c.id).where(tip, protected(now)).exists(),
-            )
-        )
-        .exists()
-    )
-    rows = connection.execute(
-        select(
-            runs.c.id,
-            runs.c.start,
-            (runs.c.end - runs.c.start).label("num_tokens"),
-            runs.c.nbytes,
-            runs.c.used_at,
-            runs.c.hits,
-        )
-        .where(runs.c.file.is_not(None), runs.c.id.not_in(among(spared)), ~needed)
-        .order_by(runs.c.used_at)
-        .limit(limit)
-    )
-    return [Candidate(*row) for row in rows]
-
-
-def evictable_nbytes(connection: Connection, now: datetime, spared: Iterable[int]) -> int:
-    """Return the bytes of all files that eviction could reach, leaf after leaf.
-
-    Out of its reach are `spared` runs and protected conversations' tips, and all above those.
-    """
-    kept = _upwards(
-        or_(
-            runs.c.id.in_(among(spared)),
-            runs.c.id.in_(select(conversations.c.tip_id).where(protected(now))),
-        )
-    )
-    query = select(func.coalesce(func.sum(runs.c.nbytes), 0)).where(
-        runs.c.file.is_not(None), runs.c.id.not_in(select(kept.c.id))
-    )
-    return int(connection.execute(query).scalar_one())
 
 
 def unreferenced(connection: Connection, before: datetime | None = None) -> list[int]:

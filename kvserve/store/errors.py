@@ -7,8 +7,6 @@
     IndexFailed                        the index could not be read or written now; nothing changed
     └── IndexDamaged                   it is not an index, or no longer whole
     TreeChanged                        runs came or went since the walk: walk again
-    Conflict
-    └── IdentityDiffers           409  an imported conversation is of another model
     SnapshotDamaged                    a file is missing, torn or altered: costs a prefill
     SourceGone                         what was to be written is no longer in memory: a skip
 
@@ -19,10 +17,9 @@ free) and never a path.
 
 from __future__ import annotations
 
-from kvserve.core.errors import Conflict, KvserveError, OutOfSpace, TooLarge
+from kvserve.core.errors import KvserveError, OutOfSpace, TooLarge
 
 __all__ = [
-    "IdentityDiffers",
     "IndexDamaged",
     "IndexFailed",
     "OutOfSpace",
@@ -58,17 +55,6 @@ class IndexFailed(Exception):
 
 class IndexDamaged(IndexFailed):
     """The file of the index is not a database of kvserve, or is no longer whole."""
-
-
-class IdentityDiffers(Conflict):
-    """What was brought belongs to another model; `differences` names in what."""
-
-    def __init__(self, differences: tuple[str, ...]) -> None:
-        super().__init__(
-            f"The conversation was made with another model: {', '.join(differences)} differ.",
-            code="model_changed",
-        )
-        self.differences = differences
 
 
 class TreeChanged(Exception):

@@ -14,7 +14,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-SUFFIX = ".safetensors"
 _SHELF = re.compile(r"[0-9a-f]{2}")
 _FILE = re.compile(r"[0-9a-f]{32}-[0-9]{1,13}\.safetensors")
 

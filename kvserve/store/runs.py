@@ -112,18 +112,6 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A run that may be evicted now. `num_tokens` are its own, `hits` its uses as a tip."""
-
-    run_id: int
-    start: int
-    num_tokens: int
-    nbytes: int
-    used_at: datetime
-    hits: int
-
-
-@dataclass(frozen=True, slots=True)
 class PathUsage:
     """What a conversation holds on disk.
 

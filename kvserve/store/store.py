@@ -34,13 +34,7 @@ from kvserve.store import upkeep
 from kvserve.store.catalog import Catalog, Key
 from kvserve.store.catalog_conversations import Changes
 from kvserve.store.disk import Disk
-from kvserve.store.errors import (
-    IdentityDiffers,
-    IndexDamaged,
-    IndexFailed,
-    SnapshotDamaged,
-    StoreError,
-)
+from kvserve.store.errors import IndexDamaged, IndexFailed, SnapshotDamaged, StoreError
 from kvserve.store.failures import disk_failed, index_failed
 from kvserve.store.folder import DataFolder
 from kvserve.store.guards import Limits
@@ -51,10 +45,10 @@ from kvserve.store.reader import Reader
 from kvserve.store.records import ConversationHead, StoredConversation
 from kvserve.store.runs import PathUsage, Totals
 from kvserve.store.scribe import OpenSource, Scribe, Written
-from kvserve.store.segments import PackedSegment, SegmentSource, StoredPath, StoredSegment
+from kvserve.store.segments import PackedSegment, StoredPath, StoredSegment
 from kvserve.store.shelves import Shelves
 from kvserve.store.snapshot import verify_file
-from kvserve.store.transfer import Export, ExportPart, Staged, open_export
+from kvserve.store.transfer import Export, ExportPart, open_export
 from kvserve.store.upkeep import Progress, UpkeepReport, expected_of
 
 __all__ = ["OpenSource", "Store", "Written", "utc_now"]
@@ -338,41 +332,6 @@ class Store:
                 )
             )
         return await open_export(self._disk, found, parts)
-
-    async def import_file(
-        self, path: Path, *, tenant: str, namespace: bytes, id: str | None = None
-    ) -> StoredConversation:
-        """Take in a staged export as a conversation of `tenant`; the staged file is removed.
-
-        `id` None takes the one in the file. Raises SnapshotDamaged for a file that is not an
-        export in every detail, IdentityDiffers for another model's, and what `write` raises.
-        """
-        try:
-            async with Staged(self._disk, path) as staged:
-                mine = self.identity if self.identity is not None else staged.header.identity
-                differences = staged.header.identity.differences(mine)
-                if differences:
-                    raise IdentityDiffers(differences)
-                name = staged.carried.id if id is None else id
-                conversation = staged.conversation(
-                    tenant=tenant, namespace=namespace, id=name, now=self._clock()
-                )
-
-                async def sources(
-                    path: StoredPath, ranges: Sequence[tuple[int, int]]
-                ) -> list[SegmentSource]:
-                    return [staged.source(start, end) for start, end in ranges]
-
-                await self.write(conversation, sources, by_order=False)
-                return conversation
-        finally:
-            await offload(self._unstage, path)
-
-    def _unstage(self, path: Path) -> None:
-        try:
-            self._disk.unlink(path)
-        except OSError as error:
-            logger.warning("a staged upload could not be removed: %s", error.strerror)
 
     # -- upkeep -------------------------------------------------------------------------------
 

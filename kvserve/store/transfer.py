@@ -27,7 +27,7 @@ from kvserve.store.disk import Disk
 from kvserve.store.errors import SnapshotDamaged
 from kvserve.store.offload import offload
 from kvserve.store.records import StoredConversation
-from kvserve.store.segments import Buffer, PackedSegment, SegmentSpec
+from kvserve.store.segments import Buffer, PackedSegment, SegmentSpec, StoredPath
 from kvserve.store.slicing import slice_segment, slice_spec
 from kvserve.store.snapshot import BLOCK_NBYTES, Expected, SnapshotFile, flat
 from kvserve.store.snapshot_header import SnapshotHeader, encode
@@ -246,6 +246,12 @@ class Staged:
         return self.carried.conversation(
             self.header, tenant=tenant, namespace=namespace, id=id, now=now
         )
+
+    async def open_source(
+        self, path: StoredPath, ranges: Sequence[tuple[int, int]]
+    ) -> Sequence[StagedSource]:
+        """Return a source for each range, whatever the store has: for `Store.write`."""
+        return [self.source(start, end) for start, end in ranges]
 
     def source(self, start: int, end: int) -> StagedSource:
         """Return the segments of the tokens `[start, end)`, sliced at both ends if need be."""

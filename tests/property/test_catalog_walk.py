@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from kvserve.store.guards import victims
 from kvserve.store.runs import Run, Walk
 from tests.catalog_fixtures import (
     IDENTITY,
@@ -26,6 +27,7 @@ from tests.catalog_fixtures import (
     conversation,
     filling,
     ids,
+    split,
     temporary,
     turn,
 )
@@ -117,14 +119,20 @@ class CatalogMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def evict(self, data: st.DataObject) -> None:
-        candidates = self.do(self.catalog.candidates(NOW))
-        runs = self.runs()
-        parents = {run.parent_id for run in runs.values() if run.file}
-        leaves = {run.id for run in runs.values() if run.file} - parents
-        assert {at.run_id for at in candidates} <= leaves
-        if candidates:
-            chosen = data.draw(st.sampled_from(candidates)).run_id
-            assert self.do(self.catalog.evict([chosen])) == [runs[chosen].file]
+        holdings = self.do(self.catalog.holdings(NOW + timedelta(seconds=self.step)))
+        needed = data.draw(st.integers(0, sum(holding.nbytes for holding in holdings)))
+        chosen = victims(holdings, needed)
+        assert chosen is not None  # nothing is protected here
+        before = self.runs()
+        files = self.do(self.catalog.evict(chosen))
+        assert set(files) == {before[run_id].file for run_id in chosen}
+        after = self.runs()
+        assert sum(run.nbytes for run in before.values()) - needed >= sum(
+            run.nbytes for run in after.values()
+        )
+        for run in after.values():
+            if run.file is not None and run.parent_id is not None:
+                assert run.parent_id not in chosen
 
     @rule(data=st.data())
     def quarantine(self, data: st.DataObject) -> None:
@@ -140,7 +148,7 @@ class CatalogMachine(RuleBasedStateMachine):
             run = data.draw(st.sampled_from(bare))
             at = data.draw(st.integers(run.start + 1, run.end - 1))
             before = sorted(self.sequences())
-            self.do(self.catalog.split(run.id, at))
+            self.do(split(self.catalog, run.id, at))
             assert set(before) < set(self.sequences())
 
     @precondition(lambda self: self.names)
@@ -157,12 +165,11 @@ class CatalogMachine(RuleBasedStateMachine):
                 )
             )
 
-    @rule(files=st.booleans())
-    def collect(self, files: bool) -> None:
-        self.do(self.catalog.collect(files=files))
-        if files:
-            for tokens in self.sequences():
-                assert any(shared(tokens, whole) > 0 for whole in self.names.values())
+    @rule()
+    def collect(self) -> None:
+        self.do(self.catalog.collect())
+        for tokens in self.sequences():
+            assert any(shared(tokens, whole) > 0 for whole in self.names.values())
 
     @rule(tokens=TOKENS)
     def a_walk_agrees_with_brute_force(self, tokens: Tokens) -> None:

@@ -306,8 +306,9 @@ async def test_use_moves_forward_only(catalog: Catalog) -> None:
     await catalog.touch({("t", "c"): NOW})
     await catalog.touch({})
     assert (await catalog.heads())[0].used_at == later
-    (candidate,) = await catalog.candidates(NOW)
-    assert candidate.used_at == later and candidate.hits == 2
+    (tip,) = await catalog.path("t", "c") or ()
+    assert tip.run.used_at == later
+    assert [holding.age_s for holding in await catalog.holdings(later)] == [0]
 
 
 @on_catalog

@@ -152,7 +152,7 @@ class CountingSource(ListSource):
     async def data(self, index: int) -> Sequence[Buffer]:
         data = [Held(buffer) for buffer in self.segments[index].data]
         deadline = time.monotonic() + 30
-        while self.held and time.monotonic() < deadline:
+        while self.held and time.monotonic() < deadline:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0)  # the thread that wrote them lets go after it has said so
         self.most = max(self.most, len(self.held))
         self.held.update(data)

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvserve.store.errors import IdentityDiffers, SnapshotDamaged, StoreError
+from kvserve.store.errors import SnapshotDamaged, StoreError
 from kvserve.store.guards import Limits
 from kvserve.store.segments import PackedSegment
 from kvserve.store.store import Store
+from kvserve.store.transfer import Staged
 from kvserve.store.upkeep import UpkeepReport
 from tests.store_fakes import (
     IDENTITY,
@@ -311,10 +312,11 @@ def test_an_exported_conversation_is_the_same_elsewhere(tmp_path: Path) -> None:
                 staged = there / "imports" / name
                 staged.write_bytes(b"".join([block async for block in export]))
                 assert staged.stat().st_size == export.nbytes
-                stored = await other.import_file(
-                    staged, tenant="b", namespace=b"theirs", id=f"copy-{name}"
-                )
-                assert not staged.exists()
+                async with Staged(other.shelves.disk, staged) as upload:
+                    stored = upload.conversation(
+                        tenant="b", namespace=b"theirs", id=f"copy-{name}", now=NOW
+                    )
+                    await other.write(stored, upload.open_source, by_order=False)
                 found = await other.find("b", f"copy-{name}")
                 original = await store.find("a", name)
                 assert found is not None and original is not None
@@ -336,31 +338,6 @@ def test_an_exported_conversation_is_the_same_elsewhere(tmp_path: Path) -> None:
             for position, row in zip(range(start, end), keys.reshape(end - start, -1), strict=True):
                 rows[position] = row.tobytes()
         return b"".join(rows[position] for position in range(length))
-
-    run(scenario)
-
-
-def test_a_foreign_or_damaged_import_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-
-    async def scenario() -> None:
-        async with opened(here) as store:
-            await three_turns(store)
-            data = b"".join([block async for block in await store.export("a", "c")])
-        other = replace(IDENTITY, weights="w2", tokenizer="t2")
-        store = await Store.open(there, identity=other, limits=ROOMY)
-        try:
-            staged = there / "imports" / "x"
-            staged.write_bytes(data)
-            with pytest.raises(IdentityDiffers, match="weights, tokenizer") as caught:
-                await store.import_file(staged, tenant="b", namespace=b"")
-            assert caught.value.differences == ("weights", "tokenizer") and not staged.exists()
-            staged.write_bytes(data[:-1])
-            with pytest.raises(SnapshotDamaged, match="truncated"):
-                await store.import_file(staged, tenant="b", namespace=b"")
-            assert not staged.exists() and await store.heads() == [] and files_in(there) == []
-        finally:
-            await store.aclose()
 
     run(scenario)
 
