@@ -23,6 +23,16 @@ TIMEOUT_S = 60
 REPLY_TOKENS = 8
 
 
+def refused(response: httpx.Response) -> bool:
+    """Whether an order was refused for lack of room, in memory or on disk.
+
+    A turn that memory could not keep is recorded as far as it was: behind that there is no cut.
+    """
+    if response.status_code == 400:
+        return bool(response.json()["error"]["code"] == "no_cut")
+    return response.status_code in (409, 413, 507)
+
+
 class Gone(Exception):
     """The server was killed under the request."""
 
@@ -143,7 +153,7 @@ class Actor:
         response = self._call(
             client, "POST /v1/conv_kv/save", json={"conversation_id": known.id, "title": "kept"}
         )
-        if response.status_code in (409, 413, 507):
+        if refused(response):
             self._tally.refused += 1
             return
         assert response.status_code == 200, response.text
@@ -156,7 +166,7 @@ class Actor:
         new = Known(self._new_id(), list(known.history), lengths={len(known.history)})
         self.known[new.id] = new
         response = self._call(client, f"POST /v1/conv_kv/{known.id}/fork", json={"new_id": new.id})
-        if response.status_code in (409, 413, 507):
+        if refused(response):
             self._tally.refused += 1
             new.here = False
             return
@@ -172,7 +182,7 @@ class Actor:
         response = self._call(
             client, f"POST /v1/conv_kv/{known.id}/rollback", json={"drop_turns": 1}
         )
-        if response.status_code in (409, 413, 507):
+        if refused(response):
             self._tally.refused += 1
             return
         assert response.status_code == 200, response.text
