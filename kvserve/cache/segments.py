@@ -13,9 +13,9 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from kvserve.cache.leases import Lease, PathUsage
 from kvserve.cache.plan import Traits
 from kvserve.cache.policy import SAMPLED_TOKENS, Ageing, EvictionQueue, Order, sample_keys
 from kvserve.cache.tree import (
@@ -30,36 +30,6 @@ from kvserve.cache.tree import (
 from kvserve.core.types import TokenIds
 
 P = TypeVar("P", bound=Payload)
-
-
-@dataclass(frozen=True, slots=True)
-class PathUsage:
-    """What is held of one path: leading tokens, bytes, and the segments as half-open ranges.
-
-    `shared_nbytes` counts the segments that another reference or branch uses too.
-    """
-
-    num_tokens: int
-    nbytes: int
-    shared_nbytes: int
-    segments: tuple[tuple[int, int, int], ...]
-
-
-class Lease(Generic[P]):
-    """A looked-up path that cannot be evicted until `SegmentCache.release` gives it back.
-
-    `num_tokens` leading tokens of the prompt can be restored from it. A `yielding` lease protects
-    only as long as room can be made without it: then it is taken back and `released` is True.
-    """
-
-    __slots__ = ("node", "num_tokens", "released", "tree", "yielding")
-
-    def __init__(self, tree: Tree[P], node: Node[P], num_tokens: int, yielding: bool) -> None:
-        self.tree = tree
-        self.node = node
-        self.num_tokens = num_tokens
-        self.yielding = yielding
-        self.released = False
 
 
 Capture = Callable[[int, int, bool, bool], P]

@@ -21,12 +21,6 @@ from dataclasses import dataclass, replace
 
 from kvserve.core.errors import OutOfSpace, TooLarge
 
-CONTEXT_SCALE = 32768
-"""Tokens of context behind which computing a token is held to cost twice as much as at the start.
-
-On the trace (`scripts/replay_trace.py`) 8192 gained in prefill time saved and lost in hits against
-plain age from 10,000 blocks on; 32768 gains in both."""
-
 MAX_TURNS = 8
 """Beyond so many turns a conversation is not held to be more likely to go on."""
 
@@ -151,14 +145,13 @@ def refusal(limits: Limits, situation: Situation, evictable: int) -> OutOfSpace:
 def staleness(holding: Holding) -> float:
     """Return how readily a run should leave: its age over its worth.
 
-    `age_s * nbytes / (cost * (1 + min(num_turns, 8)))`, where
-    `cost = tokens * (1 + middle / 32768)` stands for the time to compute its tokens again behind
-    their context. Twice as old, twice the bytes for the same tokens, half as dear to compute: each
-    counts alike. Someone who came back for nine turns is waited for nine times as long as for a
-    question that was asked once, and so outlives a burst of those.
+    `age_s * nbytes / (tokens * (1 + min(num_turns, 8)))`. Twice as old, twice the bytes for the
+    same tokens: each counts alike. Someone who came back for nine turns is waited for nine times as
+    long as for a branch that nobody is on any more, and so outlives a burst of questions. That
+    tokens behind a long context take longer to compute again does not count: on the trace
+    (`scripts/replay_trace.py`) that cost hits on all but the smallest disk.
     """
-    cost = (holding.end - holding.start) * (1 + (holding.start + holding.end) / 2 / CONTEXT_SCALE)
-    worth = cost * (1 + min(holding.num_turns, MAX_TURNS))
+    worth = (holding.end - holding.start) * (1 + min(holding.num_turns, MAX_TURNS))
     return max(holding.age_s, 1.0) * holding.nbytes / worth
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+DECISIONS = ROOT / "docs" / "decisions.md"
 GUIDE = ROOT / "docs" / "kv-cache-dev-guide.md"
 README = ROOT / "README.md"
 

@@ -20,8 +20,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from kvserve.cache.leases import Lease
 from kvserve.cache.plan import Traits
-from kvserve.cache.segments import Lease, SegmentCache
+from kvserve.cache.segments import SegmentCache
 from kvserve.core.types import TokenIds
 from tests.property.fake_state import Fake, Kind, Tokens, Working, rebuilt
 

@@ -129,9 +129,9 @@ def test_a_conversation_of_many_turns_outlives_a_burst_of_single_questions() -> 
     assert victims([replace(waiting, age_s=30 * hour), *burst], 1) == [1]
 
 
-def test_what_is_dear_to_compute_for_its_bytes_is_worth_more() -> None:
-    early, late = run(1, start=0, end=100), run(2, start=50_000, end=50_100)
-    assert staleness(early) > staleness(late)
+def test_what_holds_more_tokens_for_its_bytes_is_worth_more() -> None:
+    assert staleness(run(1, end=100)) == 2 * staleness(run(1, end=200))
+    assert staleness(run(1)) == staleness(run(1, start=50_000, end=50_010))
     assert staleness(run(1, nbytes=200)) == 2 * staleness(run(1, nbytes=100))
     assert staleness(run(1, num_turns=MAX_TURNS)) == staleness(run(1, num_turns=10**6))
 

@@ -9,8 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from kvserve.cache.leases import Lease
 from kvserve.cache.plan import Traits
-from kvserve.cache.segments import Lease, SegmentCache
+from kvserve.cache.segments import SegmentCache
 from kvserve.core.types import TokenIds
 from tests.property.fake_state import STATE_NBYTES, Fake, Kind, Tokens, Working
 
