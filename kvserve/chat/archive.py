@@ -1,15 +1,17 @@
 """Conversations that outlive the process: written behind their turns, fetched when asked for.
 
 State: the lock that puts writes and deletions in order, the leases of what waits to be written,
-and the uses that the disk has yet to learn of; the book says what there is, the store keeps it.
-Runs on the event loop; files and SQL are the store's, in other threads. A write behind a turn that
-fails costs durability and nothing else: the turn has long been answered.
+the uses that the disk has yet to learn of, and the paths that it is about to lose; the book says
+what there is, the store keeps it. Runs on the event loop; files and SQL are the store's, in other
+threads. A write behind a turn that fails costs durability and nothing else: the turn has long been
+answered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -29,9 +31,9 @@ from kvserve.chat.refusals import (
     state_not_held,
     unknown_conversation,
 )
-from kvserve.core.errors import Damaged
+from kvserve.core.errors import Damaged, KvserveError
 from kvserve.core.types import TokenIds
-from kvserve.store.errors import IndexFailed, SnapshotDamaged, SourceGone
+from kvserve.store.errors import SnapshotDamaged, SourceGone
 from kvserve.store.offload import offload
 from kvserve.store.runs import Kin, PathUsage
 from kvserve.store.segments import SegmentSource, StoredPath
@@ -85,6 +87,7 @@ class Archive:
         self._lock = asyncio.Lock()
         self._leases: dict[Key, Any] = {}
         self._used: dict[Key, datetime] = {}
+        self._distrusted: Counter[tuple[bytes, bytes]] = Counter()  # namespace, first token
 
     @property
     def store(self) -> Store:
@@ -104,7 +107,7 @@ class Archive:
             await self._writer.close()
         try:
             await self.tell_uses()
-        except IndexFailed as error:
+        except KvserveError as error:
             log.warning("the times of use were not written: %s", error)
 
     # -- reading ------------------------------------------------------------------------------
@@ -113,14 +116,14 @@ class Archive:
         """As `fetch`, for a turn: what the disk cannot tell now is unknown."""
         try:
             return await self.fetch(tenant, conversation_id)
-        except IndexFailed as error:
+        except KvserveError as error:
             log.warning("a conversation could not be read from the index: %s", error)
             return None
 
     async def fetch(self, tenant: str, conversation_id: str) -> Conversation | None:
         """Return the conversation, its body brought from disk if need be; None if unknown.
 
-        Raises IndexFailed.
+        Raises RequestFailed when the index cannot be read.
         """
         key = (tenant, conversation_id)
         head = self._book.head(*key)
@@ -145,6 +148,7 @@ class Archive:
             return None
         found = from_stored(stored)
         self.forget(self._book.put(found))
+        self._book.mark_durable(key, found.head)
         return found
 
     async def has_expired(self, tenant: str, conversation_id: str) -> bool:
@@ -153,12 +157,12 @@ class Archive:
             return False
         try:
             return await self._store.find_expired(tenant, conversation_id)
-        except IndexFailed:
+        except KvserveError:
             return False
 
     async def locate(self, namespace: bytes, token_ids: TokenIds) -> StoredPath | None:
         """Return what the disk holds of a prompt, if that is more than memory does."""
-        if self._store is None:
+        if self._store is None or (namespace, token_ids[:1].tobytes()) in self._distrusted:
             return None
         path = await self._store.walk(namespace, token_ids)
         held = self._source.held(namespace, token_ids)
@@ -203,7 +207,7 @@ class Archive:
         """Return the conversations on disk that share its first `since` tokens, itself included."""
         if self._store is None or not self._book.is_durable(record.key):
             return ()
-        return await self._store.catalog.kin(*record.key, since)
+        return await self._store.kin(*record.key, since)
 
     async def report(self, run_id: int, reason: str) -> None:
         """Take a damaged file out of use."""
@@ -211,11 +215,20 @@ class Archive:
             await self._store.quarantine(run_id, reason)
 
     async def distrust(self, namespace: bytes, token_ids: TokenIds) -> None:
-        """Take what the disk holds of a path that gave wrong replies out of use."""
+        """Take what the disk holds of a path that gave wrong replies out of use.
+
+        No turn is given any of it from now on: memory, which has dropped it, would have it again.
+        """
         if self._store is None:
             return
-        async with self._lock:  # behind a write that may have taken the wrong state along
-            num_files = await self._store.distrust(namespace, token_ids)
+        root = (namespace, token_ids[:1].tobytes())
+        self._distrusted[root] += 1
+        try:
+            async with self._lock:  # behind a write that may have taken the wrong state along
+                num_files = await self._store.distrust(namespace, token_ids)
+        finally:
+            self._distrusted[root] -= 1
+            self._distrusted += Counter()
         log.error("%d files of a path that gave wrong replies were taken out of use", num_files)
 
     def used(self, key: Key) -> None:
@@ -226,8 +239,13 @@ class Archive:
     async def tell_uses(self) -> None:
         """Let the disk know which conversations were used since the last time."""
         used, self._used = self._used, {}
-        if self._store is not None and used:
+        if self._store is None or not used:
+            return
+        try:
             await self._store.touch(used)
+        except BaseException:
+            self._used = used | self._used  # to be told the next time
+            raise
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -243,14 +261,12 @@ class Archive:
         self._writer.submit(key, write, dropped=partial(self._let_go, key))
 
     async def _write_behind(self, key: Key) -> None:
-        record = self._book.find(*key)
-        if record is None:
-            self._let_go(key)
-            return
+        lease = self._leases.get(key)
         try:
-            await self.write(key, by_order=False)
+            if self._book.find(*key) is not None:
+                await self.write(key, by_order=False)
         finally:
-            if self._book.find(*key) is record:
+            if self._leases.get(key) is lease:  # else a later turn waits to be written
                 self._let_go(key)
 
     async def write(self, key: Key, *, by_order: bool, **changes: Any) -> Written:
@@ -269,14 +285,14 @@ class Archive:
         """
         taken = id_taken(record.id, "id")
         async with self._lock:
-            if self._book.head(*record.key) is not None:
+            if await self.fetch(*record.key) is not None:
                 raise taken
             await self.store.write(to_stored(record), open_source, by_order=True)
             if self._book.head(*record.key) is not None:  # a turn was quicker, and is written later
                 await self.store.delete(*record.key)
                 raise taken
             self.forget(self._book.put(record))
-            self._book.mark_durable(record.key)
+            self._book.mark_durable(record.key, replace(record.head, saved=True))
 
     async def update(self, key: Key, **changes: Any) -> None:
         """Change flags and make the record durable, if it or every conversation is to be so.
@@ -297,7 +313,7 @@ class Archive:
                 await self._write(key, False, changes)
             else:
                 self._book.revise(key, **changes)
-                self._book.mark_durable(key)
+                self._book.mark_durable(key, record.head)
 
     async def _write(self, key: Key, by_order: bool, changes: Mapping[str, Any]) -> Written:
         store = self.store
@@ -317,7 +333,8 @@ class Archive:
         finally:
             self._source.release(lease)
         self._book.revise(key, **changes)
-        self._book.mark_durable(key)
+        head = record.head
+        self._book.mark_durable(key, replace(head, saved=True) if by_order else head)
         return written
 
     async def _current(self, key: Key, changes: Mapping[str, Any]) -> Conversation:
@@ -329,20 +346,44 @@ class Archive:
 
     async def delete(self, key: Key) -> None:
         """Forget a conversation in memory and on disk; gone for good on return."""
-        head = self._book.remove(key)
+        head = self._book.on_disk(key) or self._book.head(*key)
+        self._book.remove(key)
         self._let_go(key)
         if self._writer is not None:
             self._writer.cancel(key)
-        self._cache.unbind(name_of(key), drop=True)
         if self._store is None:
+            self._cache.unbind(name_of(key), drop=True)
             return
         try:
-            async with self._lock:  # also behind a write of it that is under way
-                await self._store.delete(*key)
+            async with self._lock:  # behind a write of it under way, which also holds its state
+                if self._book.head(*key) is None:  # else a new turn has the name
+                    self._cache.unbind(name_of(key), drop=True)
+                if not self._book.is_durable(key):  # else it has put its own there
+                    await self._store.delete(*key)
         except BaseException:
             if head is not None:  # still on disk: it must not come back unseen at the next start
                 self._book.learn([head])
             raise
+
+    async def reset(self, key: Key) -> None:
+        """Take from a conversation all that it held; durably, where it is on disk, on return.
+
+        Its state stays as cache, in memory and on disk. A disk that fails is logged, and does not
+        cost the turn that begins the id anew.
+        """
+        if self._book.remove(key) is None:
+            return
+        self._let_go(key)
+        self._cache.unbind(name_of(key), drop=False)
+        if self._store is None or self._writer is None:
+            return
+        self._writer.cancel(key)
+        try:
+            async with self._lock:  # also behind a write of it that is under way
+                if not self._book.is_durable(key):  # else another turn has put its own there
+                    await self._store.reset(*key)
+        except KvserveError as error:
+            log.warning("a conversation that began anew is still on disk: %s", error)
 
     def forget(self, gone: list[Conversation]) -> None:
         """Drop the references of conversations that the book has let go of."""

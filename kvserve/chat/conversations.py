@@ -1,9 +1,11 @@
 """The conversations that the server knows: which there are, and which one a request continues.
 
 State: the heads of all conversations, in memory and on disk, and the bodies of those in use; owned
-by the event loop thread. Bodies are bounded, oldest unused out first: a durable one goes back to
-being a head, another is forgotten, and the caller is told so that it unbinds it. A record is
-immutable; the last turn to finish replaces it. Holds no KV state, only the token ids that name it.
+by the event loop thread. Bodies are bounded. Those that the disk has just so leave first, the
+oldest unused of them, and go back to being heads. Without any, the oldest unused body goes back to
+the version on disk, or is forgotten where there is none; so a head never tells of more than can be
+had. The caller is told what left, so that it unbinds it. A record is immutable; the last turn to
+finish replaces it. Holds no KV state, only the token ids that name it.
 """
 
 from __future__ import annotations
@@ -113,7 +115,8 @@ class ConversationBook:
         self._heads: dict[Key, ConversationHead] = {}
         self._tenants: defaultdict[str, dict[Key, None]] = defaultdict(dict)
         self._bodies: OrderedDict[Key, Conversation] = OrderedDict()  # least used first
-        self._durable: set[Key] = set()  # a version of them is on disk
+        self._on_disk: dict[Key, ConversationHead] = {}  # perhaps of an older version
+        self._clean: OrderedDict[Key, None] = OrderedDict()  # bodies as they are on disk
         self._tips: defaultdict[tuple[str, bytes, bytes], dict[str, None]] = defaultdict(dict)
         self._clients: OrderedDict[tuple[str, bytes, str], str] = OrderedDict()
         self._stems: Counter[tuple[str, bytes, bytes]] = Counter()
@@ -138,7 +141,11 @@ class ConversationBook:
 
     def is_durable(self, key: Key) -> bool:
         """Whether a version of the conversation, perhaps an older one, is on disk."""
-        return key in self._durable
+        return key in self._on_disk
+
+    def on_disk(self, key: Key) -> ConversationHead | None:
+        """Return the head of the version that is on disk, if there is one."""
+        return self._on_disk.get(key)
 
     def continued_by(
         self, tenant: str, namespace: bytes, chain: tuple[bytes, ...]
@@ -177,7 +184,7 @@ class ConversationBook:
             key = (head.tenant, head.id)
             if key not in self._heads:
                 self._enter(key, head)
-                self._durable.add(key)
+                self._on_disk[key] = head
 
     def touch(self, key: Key, now: datetime) -> None:
         """Note that the conversation is in use, if it is known."""
@@ -190,17 +197,19 @@ class ConversationBook:
         if body is not None:
             self._bodies[key] = replace(body, used_at=used_at)
             self._bodies.move_to_end(key)
+            if key in self._clean:
+                self._clean.move_to_end(key)
 
     def put(self, conversation: Conversation) -> list[Conversation]:
-        """Make this the record of its id; return the other conversations forgotten for room."""
+        """Make this the record of its id; return the other records that had to leave for it."""
         key = conversation.key
-        durable = key in self._durable
+        on_disk = self._on_disk.get(key)
         self.remove(key)
         self._enter(key, conversation.head)
-        if durable:
-            self._durable.add(key)
         self._bodies[key] = conversation
         self._num_tokens += len(conversation.token_ids)
+        if on_disk is not None:
+            self.mark_durable(key, on_disk)
         return self._shrink()
 
     def revise(self, key: Key, **changes: Any) -> None:
@@ -209,6 +218,7 @@ class ConversationBook:
             self._heads[key] = replace(self._heads[key], **changes)
         if key in self._bodies:
             self._bodies[key] = replace(self._bodies[key], **changes)
+            self._compare(key)
 
     def prefer(self, key: Key) -> None:
         """Let the conversation be the one that is found by its history, should others share it."""
@@ -218,10 +228,11 @@ class ConversationBook:
             del ids[head.id]
             ids[head.id] = None
 
-    def mark_durable(self, key: Key) -> None:
-        """Note that the conversation is on disk."""
+    def mark_durable(self, key: Key, head: ConversationHead) -> None:
+        """Note that the conversation is on disk, in the version with this head."""
         if key in self._heads:
-            self._durable.add(key)
+            self._on_disk[key] = head
+            self._compare(key)
 
     def remove(self, key: Key) -> ConversationHead | None:
         """Forget the conversation and return what was known of it."""
@@ -231,7 +242,8 @@ class ConversationBook:
         del self._tenants[gone.tenant][key]
         if not self._tenants[gone.tenant]:
             del self._tenants[gone.tenant]
-        self._durable.discard(key)
+        self._on_disk.pop(key, None)
+        self._clean.pop(key, None)
         body = self._bodies.pop(key, None)
         if body is not None:
             self._num_tokens -= len(body.token_ids)
@@ -254,7 +266,8 @@ class ConversationBook:
         assert tips == {(_tip(head), head.id) for head in found} and all(self._tips.values())
         assert {key for keys in self._tenants.values() for key in keys} == set(self._heads)
         assert set(self._bodies) <= set(self._heads)
-        assert self._durable <= set(self._heads)
+        assert set(self._on_disk) <= set(self._heads)
+        assert set(self._clean) == {key for key in self._bodies if self._is_clean(key)}
         assert all(self._heads[key] == body.head for key, body in self._bodies.items())
 
     def _enter(self, key: Key, head: ConversationHead) -> None:
@@ -264,19 +277,36 @@ class ConversationBook:
             self._tips[_tip(head)][head.id] = None
         self._stems[_stem(head)] += 1
 
+    def _is_clean(self, key: Key) -> bool:
+        """Whether the disk has this version; it may learn of the last use later."""
+        head, on_disk = self._heads[key], self._on_disk.get(key)
+        return on_disk is not None and replace(on_disk, used_at=head.used_at) == head
+
+    def _compare(self, key: Key) -> None:
+        """Note whether the conversation's body, if it is here, could be had from disk again."""
+        if key in self._bodies and self._is_clean(key):
+            self._clean[key] = None
+        else:
+            self._clean.pop(key, None)
+
     def _shrink(self) -> list[Conversation]:
-        forgotten = []
+        """Let bodies go until the rest fits; never the newest, which was just put."""
+        gone = []
         while len(self._bodies) > 1 and (
             len(self._bodies) > self.max_conversations or self._num_tokens > self.max_tokens
         ):
-            key, body = next(iter(self._bodies.items()))
-            if key in self._durable:
-                del self._bodies[key]
-                self._num_tokens -= len(body.token_ids)
+            newest = next(reversed(self._bodies))
+            oldest = next(iter(self._bodies))
+            key = next((key for key in self._clean if key != newest), oldest)
+            gone.append(self._bodies[key])
+            if key in self._clean:
+                self._num_tokens -= len(self._bodies.pop(key).token_ids)
+                del self._clean[key]
             else:
+                on_disk = self._on_disk.get(key)
                 self.remove(key)
-            forgotten.append(body)
-        return forgotten
+                self.learn([] if on_disk is None else [on_disk])
+        return gone
 
 
 def _tip(head: ConversationHead) -> tuple[str, bytes, bytes]:

@@ -141,15 +141,8 @@ class Directory:
         bodies = [
             body for id_ in heads if (body := self._book.find(record.tenant, id_)) is not None
         ]
-        found = await anyio.to_thread.run_sync(relatives.in_memory, record, bodies)
-        compared = {body.id for body in bodies}
         kin = await self._archive.kin(record, relatives.least_shared(record))
-        found += [
-            one
-            for one in relatives.on_disk(record, kin)
-            if one.id in heads and one.id not in compared
-        ]
-        return relatives.last_used(found)
+        return await anyio.to_thread.run_sync(relatives.found, record, bodies, kin, heads.keys())
 
     async def _holdings(self, heads: Sequence[ConversationHead]) -> dict[Key, Holding]:
         """Return what memory and disk hold of each."""

@@ -40,7 +40,7 @@ class ExportedFile:
 
 
 async def open_file(archive: Archive, record: Conversation) -> ExportedFile:
-    """Return what the disk has of a conversation as a file. Raises NotFound, Damaged."""
+    """Return what the disk has of a conversation as a file. Raises NotFound, Damaged, TooLarge."""
     try:
         export = await archive.store.export(*record.key)
     except SnapshotDamaged as damage:

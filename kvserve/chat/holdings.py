@@ -6,8 +6,10 @@ and the rest from disk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from kvserve.chat.conversations import Conversation
 from kvserve.chat.ports import PathUsage
@@ -96,13 +98,23 @@ def message_cuts(record: Conversation, held: Holding) -> tuple[MessageCut, ...]:
 
 
 def _tokens_within(ranges: Ranges, start: int, end: int) -> int:
-    return sum(max(0, min(last, end) - max(first, start)) for first, last, _ in ranges)
+    return sum(overlap for overlap, _ in _within(ranges, start, end))
 
 
 def _bytes_within(ranges: Ranges, start: int, end: int) -> int:
-    total = 0
-    for first, last, nbytes in ranges:
-        overlap = min(last, end) - max(first, start)
-        if overlap > 0:
-            total += nbytes * overlap // (last - first)
-    return total
+    return sum(
+        nbytes * overlap // (last - first)
+        for overlap, (first, last, nbytes) in _within(ranges, start, end)
+    )
+
+
+def _within(ranges: Ranges, start: int, end: int) -> Iterator[tuple[int, tuple[int, int, int]]]:
+    """Yield the ranges that meet `[start, end)`, each with how many tokens of it do.
+
+    The first is searched for: a long chat has thousands of ranges, and is asked for each message.
+    """
+    for at in range(bisect_right(ranges, start, key=itemgetter(1)), len(ranges)):
+        first, last, _ = ranges[at]
+        if first >= end:
+            return
+        yield min(last, end) - max(first, start), ranges[at]

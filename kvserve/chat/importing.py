@@ -67,18 +67,25 @@ class Importer:
         differs = staged.header.identity.differences(self._engine.info.identity)
         if differs:
             raise model_changed(differs)
-        found = from_stored(
-            staged.conversation(
-                tenant=tenant,
-                namespace=namespace_of(tenant, None),
-                id=staged.carried.id if conversation_id is None else conversation_id,
-                now=now,
-            )
-        )
-        check_record(found)
+        # In a thread: a long one has many messages.
+        found = await offload(_record, staged, tenant, conversation_id, now)
         record = replace(found, saved=True)
         await self._archive.admit(record, staged.open_source)
         return record
+
+
+def _record(staged: Staged, tenant: str, name: str | None, now: datetime) -> Conversation:
+    """Return what the file says as a conversation of a tenant. Raises Damaged."""
+    found = from_stored(
+        staged.conversation(
+            tenant=tenant,
+            namespace=namespace_of(tenant, None),
+            id=staged.carried.id if name is None else name,
+            now=now,
+        )
+    )
+    check_record(found)
+    return found
 
 
 def check_record(record: Conversation) -> None:

@@ -1,7 +1,7 @@
 """What turns leave behind: records in the book of conversations, references in the cache.
 
 State: the book and the set of running turns, owned by the event loop thread; every method runs
-there and is short; only deleting awaits, for the disk.
+there and is short; only what ends a conversation awaits, for the disk.
 """
 
 from __future__ import annotations
@@ -51,17 +51,20 @@ class Keeper:
         self._clock = clock
         self._runs: set[Run] = set()
 
-    def begin(self, run: Run) -> None:
-        """Note that the turn runs; start its conversation anew if it asks for that."""
+    async def begin(self, run: Run) -> None:
+        """Note that the turn runs; start its conversation anew if it asks for that.
+
+        Then what the conversation held is gone on return, whatever becomes of the turn.
+        """
         if run.key is None:
             return
+        self._runs.add(run)
         if run.request.reset_conversation:
-            if run.keep and self._book.remove(run.key) is not None:
-                self._cache.unbind(name_of(run.key), drop=False)
             run.held = None
+            if run.keep:
+                await self._archive.reset(run.key)
         self._book.touch(run.key, self._clock())
         self._archive.used(run.key)
-        self._runs.add(run)
 
     def finish(self, run: Run, text: str, event: Finished) -> None:
         """Make the turn the conversation's tip, whoever else was at it in the meantime."""

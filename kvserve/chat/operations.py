@@ -9,7 +9,7 @@ it ends later it is the tip.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -31,6 +31,9 @@ from kvserve.chat.ports import Engine
 from kvserve.chat.refusals import id_taken, persistence_off, unknown_conversation
 from kvserve.chat.request import TurnRequest
 from kvserve.chat.turn import TurnService
+
+FLAGS = ("title", "saved", "pinned", "pinned_until", "expires_at", "used_at")
+"""What changes of a conversation without a turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +176,10 @@ class ConversationService:
         try:
             await self._archive.update(after.key)
         except BaseException:
-            if self._still(after):
-                self._keeper.replace(before)
+            now = self._book.head(*after.key)
+            if now is not None and self._still(after):  # but for flags that changed meanwhile
+                flags = {name: getattr(now, name) for name in FLAGS}
+                self._keeper.replace(replace(before, **flags))
             raise
         return await self._info(after.key)
 

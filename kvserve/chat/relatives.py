@@ -7,7 +7,7 @@ knows which runs it shares, without reading a token.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -37,6 +37,19 @@ def least_shared(record: Conversation) -> int:
     All chats of one template begin alike, with some tokens that say nothing.
     """
     return record.cuts[0].position if record.cuts else 1
+
+
+def found(
+    record: Conversation,
+    bodies: Sequence[Conversation],
+    kin: Sequence[Kin],
+    known: Collection[str],
+) -> tuple[Relative, ...]:
+    """Return the relatives among `bodies`, and of all others that are `known` those of `kin`."""
+    relatives = in_memory(record, bodies)
+    compared = {body.id for body in bodies}
+    relatives += [one for one in on_disk(record, kin) if one.id in known and one.id not in compared]
+    return last_used(relatives)
 
 
 def in_memory(record: Conversation, others: Iterable[Conversation]) -> list[Relative]:

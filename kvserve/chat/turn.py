@@ -87,7 +87,12 @@ class TurnService:
         asked = await self._ask(request)
         run, expired = await self._resolve(request, asked)
         generation, events, started = await self._submit(run, asked.prompt, request.max_tokens)
-        self._keeper.begin(run)
+        try:
+            await self._keeper.begin(run)
+        except BaseException:
+            await close(generation)
+            self._keeper.abandon(run)
+            raise
         kv, reason = self._explain(run, started)
         return Turn(
             generation,
@@ -118,8 +123,8 @@ class TurnService:
             request = replace(request, conversation_id=warm_id(content))
         run, _ = await self._resolve(request, asked)
         generation, events, started = await self._submit(run, asked.prompt, 0)
-        self._keeper.begin(run)
         try:
+            await self._keeper.begin(run)
             async for event in events:
                 if isinstance(event, Finished):
                     record = self._keeper.settle(run, event)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from kvserve.cache.codec import LONGEST_CHUNK_TOKENS, SegmentPayload
-from kvserve.cache.segments import Lease, SegmentCache
+from kvserve.cache.leases import Lease
+from kvserve.cache.segments import SegmentCache
 from kvserve.core.errors import ContextTooLong, InvalidRequest, NotReady, QueueFull
 from kvserve.core.types import Event, Finished, GenerationRequest, TokenIds
 from kvserve.engine.exports import held_sources
@@ -218,18 +219,29 @@ class Engine:
         return 1 if speed is None else max(1, min(60, round(self.settings.max_queue * 256 / speed)))
 
     async def call(self, function: Callable[[], Any]) -> Any:
-        """Run a short function on the engine thread, between two steps, and return its result."""
+        """Run a short function on the engine thread, between two steps, and return its result.
+
+        Raises NotReady when the thread ends before, and what `function` raises.
+        """
+        if not self.ready:
+            raise NotReady(self.failure or "The server is not ready.")
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
         def answer() -> None:
             try:
                 result = function()
             except Exception as error:  # request ring: the caller's, not the loop's
-                self._call_soon(done.set_exception, error)
+                refuse(error)
+            except BaseException:  # the loop's
+                refuse(NotReady(FAILURE))
+                raise
             else:
-                self._call_soon(done.set_result, result)
+                self._call_soon(lambda: None if done.done() else done.set_result(result))
 
-        self._inbox.put(Call(answer))
+        def refuse(error: Exception) -> None:
+            self._call_soon(lambda: None if done.done() else done.set_exception(error))
+
+        self._inbox.put(Call(answer, lambda why: refuse(NotReady(why))))
         return await done
 
     # -- the disk -----------------------------------------------------------------------------
@@ -333,6 +345,8 @@ class Engine:
             command = self._inbox.get()
             if isinstance(command, Run):
                 command.emit(NotReady(self.failure or ""))
+            elif isinstance(command, Call):
+                command.refuse(self.failure or "")
         self._flush()
         if self._on_death is not None:
             self._on_death()

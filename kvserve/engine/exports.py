@@ -13,7 +13,8 @@ from typing import Any
 
 from kvserve.cache.codec import SegmentPayload
 from kvserve.cache.codec_pack import Piece, Unstorable, pieces
-from kvserve.cache.segments import Lease, SegmentCache
+from kvserve.cache.leases import Lease
+from kvserve.cache.segments import SegmentCache
 from kvserve.store.errors import SourceGone
 from kvserve.store.segments import Buffer, SegmentSource, SegmentSpec, StoredPath
 

@@ -54,9 +54,10 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Ask the loop to call a function on its thread."""
+    """Ask the loop to call a function on its thread; `refuse` is told why it never will."""
 
     function: Callable[[], None]
+    refuse: Callable[[str], None] = lambda why: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +226,8 @@ class EngineLoop:
             command = self._inbox.get()
             if isinstance(command, Run):
                 runs.append(command)
+            elif isinstance(command, Call):
+                command.refuse(why)
         for run in runs:
             run.emit(NotReady(why))
 

@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from kvserve.cache.codec import SegmentPayload, WorkingCache
+from kvserve.cache.leases import Lease
 from kvserve.cache.plan import Plan
-from kvserve.cache.segments import Lease
 from kvserve.core.types import Event, FinishReason, GenerationRequest, TokenIds
 from kvserve.engine.fetch import Fetched
 from kvserve.engine.sampling import Sampler

@@ -16,8 +16,9 @@ import mlx.core as mx
 from kvserve.cache.codec import SegmentPayload, capture, reserve_room, restore
 from kvserve.cache.codec_forms import fits
 from kvserve.cache.codec_pack import unpack
+from kvserve.cache.leases import Lease
 from kvserve.cache.plan import finished_ends, plan, state_ends
-from kvserve.cache.segments import Lease, SegmentCache
+from kvserve.cache.segments import SegmentCache
 from kvserve.engine.fetch import Fetched
 from kvserve.engine.model import LoadedModel
 from kvserve.engine.run import Run
@@ -129,6 +130,9 @@ class WorkingCaches:
             loaded = [(p.spec.start, p.spec.end, unpack(p)) for p in fetched.segments]
             if not all(fits(payload, self._model.forms) for _, _, payload in loaded):
                 raise ValueError("it is not of this model")
+            if loaded[0][0] > lease.num_tokens:
+                # Behind that, the last segment that memory has is another conversation's.
+                raise LookupError("memory no longer holds what the read went on from")
             held = self._cache.payloads(lease)
             restore(fresh, [*held, *loaded], fetched.num_tokens, run.capacity)
         except (LookupError, ValueError) as error:

@@ -20,6 +20,9 @@ from kvserve.store.snapshot_header import SnapshotHeader
 
 MAX_TEXT = 1000
 """Characters of a title or a model's name."""
+MAX_MESSAGES = 2**16 + 1
+"""As many as a request may hold, and its reply. The header has room for a million, and each costs
+the event loop some microseconds at every turn."""
 _MAX_DIGEST_NBYTES = 64
 
 
@@ -86,8 +89,8 @@ class Carried:
 def unpack(record: Mapping[str, Any], num_tokens: int) -> Carried:
     """Return a record found in a file of `num_tokens` tokens. Raises ValueError, naming a field."""
     messages = record.get("messages")
-    if type(messages) is not list:
-        raise ValueError("messages: not a list")
+    if type(messages) is not list or len(messages) > MAX_MESSAGES:
+        raise ValueError(f"messages: not a list of at most {MAX_MESSAGES}")
     title = record.get("title")
     return Carried(
         id=_text(record, "id"),

@@ -11,7 +11,7 @@ not whole. Writes change all or nothing, also when their caller is cancelled.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Unpack
@@ -83,6 +83,17 @@ class Catalog:
         """Return the runs on a conversation's path, from the root down; None if unknown."""
         return await self.database.read(lambda c: talks.path(c, tenant, id))
 
+    async def whole(
+        self, tenant: str, id: str
+    ) -> tuple[StoredConversation, tuple[PathRun, ...]] | None:
+        """Return a conversation whole with the runs on its path, both as of one moment."""
+
+        def work(connection: Connection) -> tuple[StoredConversation, tuple[PathRun, ...]] | None:
+            found = talks.find(connection, tenant, id)
+            return None if found is None else (found, talks.path(connection, tenant, id) or ())
+
+        return await self.database.read(work)
+
     async def kin(self, tenant: str, id: str, since: int) -> tuple[Kin, ...]:
         """Return the tenant's conversations that share their first `since` tokens with this one.
 
@@ -131,6 +142,14 @@ class Catalog:
         """Do as `delete` does, but keep the name, so that the end of its time can be told."""
         return await self.database.write(lambda c: talks.empty(c, tenant, id))
 
+    async def reset(self, tenant: str, id: str) -> None:
+        """Take all but its name from a conversation; what it wrote stays, in nobody's use."""
+        await self.database.write(lambda c: talks.reset(c, tenant, id))
+
+    async def forget_reset(self) -> None:
+        """Delete the names of conversations that were reset and never written again."""
+        await self.database.write(talks.forget_reset)
+
     async def expired(self, now: datetime) -> list[Key]:
         """Return the conversations whose end has come."""
         return await self.database.read(lambda c: talks.expired(c, now))
@@ -147,9 +166,11 @@ class Catalog:
         Not one state of the index throughout: SQLite limits how many can be asked for at once.
         """
         found: dict[Key, PathUsage] = {}
+        # Of a page of long chats these are ten thousand rows.
+        read = self.database.read if len(keys) == 1 else self.database.read_apart
         for at in range(0, len(keys), _CHUNK):
             chunk = keys[at : at + _CHUNK]
-            found |= await self.database.read(lambda c, chunk=chunk: space.usage(c, chunk))  # type: ignore[misc]
+            found |= await read(lambda c, chunk=chunk: space.usage(c, chunk))  # type: ignore[misc]
         return found
 
     async def holdings(self, now: datetime) -> list[Holding]:
@@ -208,7 +229,11 @@ class Catalog:
 
     async def record(self, run_id: int) -> RunRecord | None:
         """Return all that is known of a run, to compare with its file."""
-        return await self.database.read(lambda c: repair.record(c, run_id))
+        return (await self.records([run_id])).get(run_id)
+
+    async def records(self, run_ids: Collection[int]) -> dict[int, RunRecord]:
+        """Return the same of at most some hundred runs; unknown ones are left out."""
+        return await self.database.read(lambda c: repair.records(c, run_ids))
 
     async def check(self) -> list[str]:
         """Return what is wrong with the index, in words: SQLite's own checks and the tree's."""

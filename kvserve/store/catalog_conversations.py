@@ -213,10 +213,32 @@ def empty(connection: Connection, tenant: str, name: str) -> list[str] | None:
     row = connection.execute(_TIP.where(named(tenant, name))).one_or_none()
     if row is None:
         return None
-    nothing = {"tip_id": None, "num_tokens": 0, "num_messages": 0, "title": None}
-    connection.execute(update(conversations).where(conversations.c.id == row.id).values(nothing))
-    connection.execute(delete(messages).where(messages.c.conversation_id == row.id))
+    _clear(connection, row.id)
     return _leave(connection, row)
+
+
+def reset(connection: Connection, tenant: str, name: str) -> None:
+    """Take all but its name from a conversation, if it is known.
+
+    The row stays, as the writer of its runs: whoever deletes the name later deletes them too.
+    """
+    row = connection.execute(_TIP.where(named(tenant, name))).one_or_none()
+    if row is not None:
+        _clear(connection, row.id, saved=False, pinned=False, pinned_until=None, expires_at=None)
+
+
+def forget_reset(connection: Connection) -> None:
+    """Delete the rows of conversations that were reset and not written since."""
+    nothing = (conversations.c.num_tokens == 0) & (conversations.c.num_messages == 0)
+    lasting = conversations.c.expires_at.is_(None)  # else the name tells that its time is over
+    connection.execute(delete(conversations).where(nothing & lasting))
+
+
+def _clear(connection: Connection, conversation_id: int, **flags: Any) -> None:
+    nothing = {"tip_id": None, "num_tokens": 0, "num_messages": 0, "title": None, **flags}
+    mine = conversations.c.id == conversation_id
+    connection.execute(update(conversations).where(mine).values(nothing))
+    connection.execute(delete(messages).where(messages.c.conversation_id == conversation_id))
 
 
 def _leave(connection: Connection, row: Any) -> list[str]:

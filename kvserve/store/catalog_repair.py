@@ -6,13 +6,14 @@ Compares rows with each other; comparing them with files is up to the caller.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
-from sqlalchemy import Connection, func, or_, select
+from sqlalchemy import Connection, LargeBinary, func, or_, select, type_coerce
 
 from kvserve.core.identity import ModelIdentity
 from kvserve.core.keys import root_key
@@ -22,6 +23,19 @@ from kvserve.store.catalog_walk import RUN_COLUMNS, run_of
 from kvserve.store.errors import TreeChanged
 from kvserve.store.runs import Fill, Found, Run, RunRecord
 from kvserve.store.tables import TOKEN_NBYTES, contents, conversations, identities, roots, runs
+
+_CHUNK = 500
+"""Runs that are read at a time; below the number of parameters that SQLite allows."""
+
+
+class _Place(NamedTuple):
+    """Where a run is in its tree, and what it is called."""
+
+    id: int
+    root_id: int
+    parent_id: int | None
+    start: int
+    key: bytes
 
 
 def runs_after(connection: Connection, last_id: int, limit: int) -> list[Run]:
@@ -40,40 +54,38 @@ def known_files(connection: Connection, names: Iterable[str]) -> set[str]:
     """Return those of the names that a run has as its file."""
     wanted = list(names)
     known: set[str] = set()
-    for at in range(0, len(wanted), 500):
-        chunk = wanted[at : at + 500]
+    for at in range(0, len(wanted), _CHUNK):
+        chunk = wanted[at : at + _CHUNK]
         known.update(connection.scalars(select(runs.c.file).where(runs.c.file.in_(chunk))))
     return known
 
 
-def record(connection: Connection, run_id: int) -> RunRecord | None:
-    """Return all that is known of a run."""
+def records(connection: Connection, run_ids: Collection[int]) -> dict[int, RunRecord]:
+    """Return all that is known of at most some hundred runs; unknown ones are left out."""
     parent = runs.alias("parent")
-    row = (
-        connection.execute(
-            select(
-                *(*RUN_COLUMNS, contents.c.tokens, roots.c.namespace, identities.c.json),
-                parent.c.key.label("parent_key"),
-            )
-            .select_from(runs)
-            .join(contents, contents.c.run_id == runs.c.id)
-            .join(roots, roots.c.id == runs.c.root_id)
-            .join(identities)
-            .outerjoin(parent, parent.c.id == runs.c.parent_id)
-            .where(runs.c.id == run_id)
+    rows = connection.execute(
+        select(
+            *(*RUN_COLUMNS, contents.c.tokens, roots.c.namespace, identities.c.json),
+            parent.c.key.label("parent_key"),
         )
-        .mappings()
-        .one_or_none()
+        .select_from(runs)
+        .join(contents, contents.c.run_id == runs.c.id)
+        .join(roots, roots.c.id == runs.c.root_id)
+        .join(identities)
+        .outerjoin(parent, parent.c.id == runs.c.parent_id)
+        .where(runs.c.id.in_(run_ids))
     )
-    if row is None:
-        return None
-    return RunRecord(
-        run=run_of(row),
-        identity=ModelIdentity.from_json(row["json"]),
-        namespace=row["namespace"],
-        parent_key=row["parent_key"],
-        tokens=row["tokens"],
-    )
+    identity_of = cache(ModelIdentity.from_json)
+    return {
+        row["id"]: RunRecord(
+            run=run_of(row),
+            identity=identity_of(row["json"]),
+            namespace=row["namespace"],
+            parent_key=row["parent_key"],
+            tokens=row["tokens"],
+        )
+        for row in rows.mappings()
+    }
 
 
 def restore(connection: Connection, found: Found, now: datetime) -> int | None:
@@ -185,27 +197,47 @@ def _check_tips(connection: Connection) -> Iterator[str]:
 
 
 def _check_keys(connection: Connection) -> Iterator[str]:
-    """Each key is that of the tokens from the root; one pass over all of them."""
+    """Each key is that of the tokens from the root; every token is read and hashed once."""
     above = select(roots.c.id, roots.c.namespace, identities.c.digest).join(identities)
-    waiting: list[tuple[int, Any]] = []
-    for root in connection.execute(above).all():
-        hasher = xxhash.xxh3_128(root_key(root.digest, root.namespace))
-        firsts = select(runs.c.id).where(runs.c.root_id == root.id, runs.c.parent_id.is_(None))
-        waiting += [(run_id, hasher.copy()) for run_id in connection.scalars(firsts)]
+    begun = {
+        root.id: xxhash.xxh3_128(root_key(root.digest, root.namespace))
+        for root in connection.execute(above).all()
+    }
+    below = _children(connection)
+    waiting = below.pop(None, [])[::-1]
+    hashers: dict[int, Any] = {}  # of what comes before a run, until it is its turn
     while waiting:
-        run_id, hasher = waiting.pop()
-        run = connection.execute(
-            select(runs.c.start, runs.c.key, contents.c.tokens)
-            .join_from(runs, contents)
-            .where(runs.c.id == run_id)
-        ).one()
-        data, done = run.tokens.astype("<u4", copy=False).tobytes(), 0
-        below = select(runs.c.id, runs.c.start).where(runs.c.parent_id == run_id)
-        for child in connection.execute(below.order_by(runs.c.start)):
-            at = (child.start - run.start) * TOKEN_NBYTES
-            hasher.update(data[done:at])
-            waiting.append((child.id, hasher.copy()))
-            done = at
-        hasher.update(data[done:])
-        if hasher.digest() != run.key:
-            yield f"run {run_id} has the key of other tokens"
+        # Depth first, so that few hashers wait; a query for each run would take most of the time.
+        chunk: list[_Place] = []
+        while waiting and len(chunk) < _CHUNK:
+            chunk.append(waiting.pop())
+            waiting.extend(reversed(below.get(chunk[-1].id, ())))
+        tokens = _token_bytes(connection, [run.id for run in chunk])
+        for run in chunk:
+            hasher = hashers.pop(run.id, None) or begun[run.root_id].copy()
+            data, done = tokens[run.id], 0
+            for child in below.pop(run.id, ()):
+                at = (child.start - run.start) * TOKEN_NBYTES
+                hasher.update(data[done:at])
+                hashers[child.id] = hasher.copy()
+                done = at
+            hasher.update(data[done:])
+            if hasher.digest() != run.key:
+                yield f"run {run.id} has the key of other tokens"
+
+
+def _children(connection: Connection) -> dict[int | None, list[_Place]]:
+    """Return all runs by what they hang on, in order of position there."""
+    query = select(*(runs.c[name] for name in _Place._fields)).order_by(runs.c.start)
+    below: dict[int | None, list[_Place]] = {}
+    for row in connection.execute(query.execution_options(yield_per=_CHUNK)):
+        place = _Place(*row)
+        below.setdefault(place.parent_id, []).append(place)
+    return below
+
+
+def _token_bytes(connection: Connection, run_ids: list[int]) -> dict[int, bytes]:
+    """Return the tokens of runs as they lie in the index."""
+    query = select(contents.c.run_id, type_coerce(contents.c.tokens, LargeBinary).label("tokens"))
+    rows = connection.execute(query.where(contents.c.run_id.in_(run_ids)))
+    return {row.run_id: row.tokens for row in rows}

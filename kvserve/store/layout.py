@@ -26,6 +26,9 @@ from kvserve.store.segments import SegmentSpec
 Layout = list[dict[str, Any] | None]
 _DEEPEST = 32
 _INT64 = 2**63
+_MAX_WINDOWS = 64
+"""Different sizes in one segment. Models have one or two; each is looked at whenever it is asked
+how far a path can be restored, and a hostile file has room for half a million."""
 
 
 def check_spec(spec: SegmentSpec) -> None:
@@ -44,6 +47,8 @@ def check_spec(spec: SegmentSpec) -> None:
             raise ValueError(f"leaf {index}: {error}") from error
     if not all(named):
         raise ValueError(f"array {named.index(False)} is not named")
+    if len(spec.windows) > _MAX_WINDOWS:
+        raise ValueError(f"{len(spec.windows)} sizes of windows")
     if (spec.restorable, spec.whole, dict(spec.windows)) != flags(spec.layout):
         raise ValueError("restorable, whole or windows do not follow from the layout")
 

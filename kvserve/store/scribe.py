@@ -14,7 +14,7 @@ from datetime import datetime
 
 from kvserve.store import writing
 from kvserve.store.catalog import Catalog
-from kvserve.store.errors import IndexFailed
+from kvserve.store.errors import IndexFailed, TreeChanged
 from kvserve.store.guards import Limits
 from kvserve.store.offload import offload
 from kvserve.store.reader import Reader
@@ -63,6 +63,15 @@ class Scribe:
 
         Raises OSError, IndexFailed, and what `Store.write` does.
         """
+        try:
+            return await self._write(conversation, open_source, now)
+        except TreeChanged:
+            # With what was evicted for it, rows of its path went that nothing else needed.
+            return await self._write(conversation, open_source, now)
+
+    async def _write(
+        self, conversation: StoredConversation, open_source: OpenSource, now: datetime
+    ) -> Written:
         head, token_ids = conversation.head, conversation.token_ids
         walk = await self._catalog.walk(head.identity, head.namespace, token_ids)
         gaps = writing.gaps(walk, len(token_ids))

@@ -40,17 +40,21 @@ BLOCK_NBYTES = 2**20
 class Expected:
     """What the index says of a file; two files that changed places are found by it.
 
-    `identity` is `ModelIdentity.digest()`.
+    `identity` is `ModelIdentity.digest()`, `content` the header's `content_digest`, None for any:
+    keys do not resist one who looks for two prompts of the same, whose files would have one name.
     """
 
     key: bytes
     start: int
     end: int
     identity: str
+    content: bytes | None = None
 
     def differs_from(self, header: SnapshotHeader) -> bool:
         found = (header.key, header.start, header.end, header.identity.digest())
-        return found != (self.key, self.start, self.end, self.identity)
+        if found != (self.key, self.start, self.end, self.identity):
+            return True
+        return self.content is not None and self.content != header.content_digest
 
 
 # -- writing -----------------------------------------------------------------------------------
@@ -72,8 +76,8 @@ async def write_snapshot(
     `header` describes them (`header.segments == source.specs`), its digests are filled in here.
     One segment is in memory at a time. `drafts` must be there, on the same volume; the folder of
     `target` is made. On any error, a cancellation too, neither draft nor target is left: OSError,
-    SourceGone and whatever else the source raises, ValueError if the source does not give what it
-    described.
+    SourceGone and whatever else the source raises, TooLarge for more than one file may describe,
+    ValueError if the source does not give what it described.
     """
     draft = _Draft(disk, header, drafts / f"{target.name}.{secrets.token_hex(8)}")
     try:

@@ -41,8 +41,10 @@ import numpy as np
 import orjson
 import xxhash
 
+from kvserve.core.errors import TooLarge
 from kvserve.core.identity import ModelIdentity
 from kvserve.core.types import TokenIds
+from kvserve.store.guards import size
 from kvserve.store.layout import check_spec
 from kvserve.store.segments import DTYPE_NBYTES, ArraySpec, SegmentSpec
 
@@ -100,7 +102,7 @@ class SnapshotHeader:
 def encode(header: SnapshotHeader) -> bytes:
     """Return the bytes before the arrays; digests that are not known yet take the same room.
 
-    Raises ValueError for what cannot be stored.
+    Raises TooLarge for more than one file may describe, ValueError for what is not sound.
     """
     if len(header.token_ids) != header.end - header.start:
         raise ValueError(f"{len(header.token_ids)} tokens for [{header.start}, {header.end})")
@@ -141,7 +143,12 @@ def encode(header: SnapshotHeader) -> bytes:
     text = orjson.dumps(outer)
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > MAX_HEADER_NBYTES or _num_values(text) > MAX_HEADER_VALUES:
-        raise ValueError(f"the description of {header.end} tokens is too long for one file")
+        raise TooLarge(
+            f"{len(header.token_ids)} tokens of the conversation are too many for one file: to "
+            f"describe them takes {size(len(text))} and {_num_values(text)} values, of which "
+            f"{size(MAX_HEADER_NBYTES)} and {MAX_HEADER_VALUES} are allowed.",
+            code="conversation_too_large",
+        )
     raw = bytearray(len(text).to_bytes(LENGTH_NBYTES, "little") + text)
     assert raw.startswith(_OPENING, LENGTH_NBYTES)
     raw[_DIGEST_AT : _DIGEST_AT + _DIGEST_DIGITS] = xxhash.xxh3_128_hexdigest(raw).encode()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import errno
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kvserve.core.errors import OutOfSpace, TooLarge
+from kvserve.core.errors import KvserveError, OutOfSpace, TooLarge
 from kvserve.store.disk import Disk
+from kvserve.store.failures import disk_failed
 from kvserve.store.guards import Limits, size
 from kvserve.store.offload import offload
 
@@ -34,7 +35,7 @@ async def stage(
 
     `declared` is how many bytes the sender promises, None if it does not say. Raises TooLarge over
     the per-save limit and OutOfSpace where the disk would be too full, both as soon as it shows,
-    and whatever `chunks` raises; nothing is left behind then.
+    RequestFailed when the disk fails, and whatever `chunks` raises; nothing is left behind then.
     """
     upload = _Upload(disk, folder / f"{secrets.token_hex(16)}.upload", limits)
     try:
@@ -60,31 +61,40 @@ class _Upload:
         self._limits = limits
         self._fd: int | None = None
         self._nbytes = 0
+        self._volume = (0, 0)
 
     def open(self, expected: int) -> None:
-        self._check(expected)
-        self._fd = self._disk.create(self.path)
+        with self._in_words(expected):
+            self._check(expected)
+            self._fd = self._disk.create(self.path)
 
     def add(self, data: bytearray) -> None:
         assert self._fd is not None
-        self._check(len(data))
-        try:
+        with self._in_words(len(data)):
+            self._check(len(data))
             self._nbytes = self._disk.write(self._fd, [memoryview(data)], self._nbytes)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._full(len(data)) from error
-            raise
 
     def close(self) -> None:
         fd, self._fd = self._fd, None
         if fd is not None:
-            self._disk.close(fd)
+            with self._in_words(0):
+                self._disk.close(fd)
 
     def abandon(self) -> None:
-        with suppress(OSError):
+        with suppress(KvserveError):
             self.close()
         with suppress(OSError):
             self._disk.unlink(self.path)
+
+    @contextmanager
+    def _in_words(self, more: int) -> Iterator[None]:
+        """Let failures of the disk, as so many more bytes were to come, out as answers."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._full(more) from error
+            raise disk_failed(error, *self._volume) from error
 
     def _check(self, more: int) -> None:
         """Raise unless so many more bytes are within the limits."""
@@ -95,15 +105,16 @@ class _Upload:
                 code="conversation_too_large",
             )
         usage = self._disk.usage(self.path.parent)
+        self._volume = (usage.used, usage.free)
         allowed = int((usage.used + usage.free) * self._limits.disk_share)
         if usage.used + more > allowed or more > usage.free:
             raise self._full(more)
 
     def _full(self, more: int) -> OutOfSpace:
-        usage = self._disk.usage(self.path.parent)
+        used, free = self._volume
         return OutOfSpace(
             f"Receiving {size(self._nbytes + more)} would fill the disk beyond "
-            f"{self._limits.disk_share:.0%}: {size(usage.used)} of "
-            f"{size(usage.used + usage.free)} are used, {size(usage.free)} free.",
+            f"{self._limits.disk_share:.0%}: {size(used)} of {size(used + free)} are used, "
+            f"{size(free)} free.",
             code="disk_full",
         )

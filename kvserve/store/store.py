@@ -43,7 +43,7 @@ from kvserve.store.offload import offload
 from kvserve.store.opening import open_index
 from kvserve.store.reader import Reader
 from kvserve.store.records import ConversationHead, StoredConversation
-from kvserve.store.runs import PathUsage, Totals
+from kvserve.store.runs import Kin, PathUsage, Totals
 from kvserve.store.scribe import OpenSource, Scribe, Written
 from kvserve.store.segments import PackedSegment, StoredPath, StoredSegment
 from kvserve.store.shelves import Shelves
@@ -149,16 +149,16 @@ class Store:
     # -- questions ----------------------------------------------------------------------------
 
     async def heads(self) -> list[ConversationHead]:
-        """Return all conversations whose time is not over."""
+        """Return all conversations, but for those whose time is over and those that were reset."""
         now = self._clock()
         with self._in_words():
-            return [head for head in await self.catalog.heads() if not _over(head, now)]
+            return [head for head in await self.catalog.heads() if not _is_gone(head, now)]
 
     async def find(self, tenant: str, id: str) -> StoredConversation | None:
-        """Return a conversation whole, unless its time is over."""
+        """Return a conversation whole, unless its time is over or it was reset."""
         with self._in_words():
             found = await self.catalog.find(tenant, id)
-        return None if found is None or _over(found.head, self._clock()) else found
+        return None if found is None or _is_gone(found.head, self._clock()) else found
 
     async def find_expired(self, tenant: str, id: str) -> bool:
         """Whether there was such a conversation whose time ended within the last day."""
@@ -196,6 +196,11 @@ class Store:
         """Return what conversations hold on disk; unknown ones are left out."""
         with self._in_words():
             return await self.catalog.usage(heads)
+
+    async def kin(self, tenant: str, id: str, since: int) -> Sequence[Kin]:
+        """Return the tenant's conversations that share at least `since` tokens with one of them."""
+        with self._in_words():
+            return await self.catalog.kin(tenant, id, since)
 
     def stats(self) -> dict[str, Any]:
         """Return figures, JSON-able, without anything that a user wrote."""
@@ -268,6 +273,14 @@ class Store:
             await offload(self.shelves.remove, files or ())
             return files is not None
 
+    async def reset(self, tenant: str, id: str) -> None:
+        """Take tokens, messages and flags from a conversation, which is unknown then.
+
+        Its runs stay as cache, and are deleted with whatever is written under its name.
+        """
+        async with self._changing():
+            await self.catalog.reset(tenant, id)
+
     async def quarantine(self, run_id: int, reason: str) -> None:
         """Take a run's file out of use if it is bad indeed; `reason` is for the log.
 
@@ -311,14 +324,14 @@ class Store:
     async def export(self, tenant: str, id: str) -> Export:
         """Return a conversation as one file, ready to be streamed.
 
-        Raises NotFound, SnapshotDamaged ("missing" where state was evicted), ValueError for one
-        that is too long for a file.
+        Raises NotFound, SnapshotDamaged ("missing" where state was evicted), TooLarge for one that
+        is too long for a file.
         """
-        found = await self.find(tenant, id)
         with self._in_words():
-            path = await self.catalog.path(tenant, id)
-        if found is None or not path:
+            whole = await self.catalog.whole(tenant, id)
+        if whole is None or not whole[1] or _is_gone(whole[0].head, self._clock()):
             raise NotFound("There is no such conversation on disk.", code="unknown_conversation")
+        found, path = whole
         parts = []
         for at in path:
             if at.run.file is None:
@@ -412,5 +425,7 @@ class Store:
             logger.warning("the figures of the store are old: %s", error)
 
 
-def _over(head: ConversationHead, now: datetime) -> bool:
-    return head.expires_at is not None and head.expires_at <= now
+def _is_gone(head: ConversationHead, now: datetime) -> bool:
+    """Whether of a conversation only the name is left: its time is over, or it was reset."""
+    empty = not head.num_messages and not head.num_tokens
+    return empty or (head.expires_at is not None and head.expires_at <= now)

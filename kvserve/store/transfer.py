@@ -32,6 +32,9 @@ from kvserve.store.slicing import slice_segment, slice_spec
 from kvserve.store.snapshot import BLOCK_NBYTES, Expected, SnapshotFile, flat
 from kvserve.store.snapshot_header import SnapshotHeader, encode
 
+AT_ONCE_NBYTES = 64 * 2**20
+"""Of an upload verified in one go: some tens of milliseconds."""
+
 
 def export_key(identity: ModelIdentity, token_ids: TokenIds) -> bytes:
     """Return the key of an exported state: of model and tokens alone, no namespace."""
@@ -95,8 +98,8 @@ async def open_export(
 ) -> Export:
     """Return the conversation as one file, ready to be streamed; `parts` lead from token 0 to it.
 
-    Raises SnapshotDamaged if a run's header is, and ValueError for a conversation whose
-    description is too long for one file.
+    Raises SnapshotDamaged if a run's header is, and TooLarge for a conversation whose description
+    is too long for one file.
     """
     return await offload(_plan, disk, conversation, parts)
 
@@ -220,7 +223,10 @@ class Staged:
 
     async def __aenter__(self) -> Self:
         try:
-            await offload(self._verify)
+            await offload(self._open)
+            index = 0
+            while index < len(self.header.segments):
+                index = await offload(self._checked_from, index)
         except BaseException:
             self.close()
             raise
@@ -263,7 +269,7 @@ class Staged:
         ]
         return StagedSource(self._file, specs)
 
-    def _verify(self) -> None:
+    def _open(self) -> None:
         file = self._file = SnapshotFile(self._disk, self._path)
         header = self.header = file.header
         try:
@@ -274,9 +280,22 @@ class Staged:
             self.carried = unpack(header.conversation or {}, header.end)
         except ValueError as error:
             raise SnapshotDamaged(0, "header", str(error)) from error
+
+    def _checked_from(self, index: int) -> int:
+        """Verify some segments from `index` on; return the first that is still to be verified.
+
+        Not all at once: nobody can stop a thread, and few threads serve everybody.
+        """
+        assert self._file is not None
         buffer = memoryview(bytearray(BLOCK_NBYTES))
-        for index in range(len(header.segments)):
-            file.check(index, buffer)
+        nbytes = 0
+        for spec in self.header.segments[index:]:
+            self._file.check(index, buffer)
+            index += 1
+            nbytes += spec.nbytes
+            if nbytes >= AT_ONCE_NBYTES:
+                break
+        return index
 
 
 class StagedSource:

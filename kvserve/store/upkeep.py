@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 UNUSED = timedelta(days=7)
 """So long a branch that no conversation is on any more is kept as cache; `gc` does not wait."""
+
+BATCH_RUNS = 64
+BATCH_NBYTES = 64 * 2**20
+"""At most so many files, or bytes of them unless one is larger, are verified in one go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,13 @@ class Upkeep:
 
 def expected_of(run: Run, identity: ModelIdentity) -> Expected:
     """Return what the file of a run has to say of itself."""
-    return Expected(key=run.key, start=run.start, end=run.end, identity=identity.digest())
+    return Expected(
+        key=run.key,
+        start=run.start,
+        end=run.end,
+        identity=identity.digest(),
+        content=run.digest,
+    )
 
 
 # -- looking ------------------------------------------------------------------------------------
@@ -101,18 +111,21 @@ async def verify(catalog: Catalog, shelves: Shelves) -> AsyncIterator[Progress]:
     """Yield how far it is, and every fault: of the index, of files with a row, of files without."""
     unknown = set(await offload(shelves.files))
     unknown -= await catalog.known_files(unknown)
-    total, records = 0, []
+    total, sizes = 0, []
     async for chunk in catalog.runs():
         present = [run for run in chunk if run.file is not None]
-        records += [(run.id, run.nbytes) for run in present]
+        sizes += [(run.id, run.nbytes) for run in present]
         total += sum(run.nbytes for run in present)
     faults = tuple(Fault(None, None, words) for words in await catalog.check())
     yield Progress(0, total, faults)
     done = 0
-    for run_id, nbytes in records:
-        fault = await _fault_of(catalog, shelves, run_id)
-        done += nbytes
-        yield Progress(done, total, () if fault is None else (fault,))
+    for batch in _batches(sizes):
+        known = await catalog.records([run_id for run_id, _ in batch])
+        bad = await offload(_bad_ones, shelves, list(known.values()))
+        # Looked at again, by a row that is not as old as this batch.
+        found = [await _fault_of(catalog, shelves, run_id) for run_id in bad]
+        done += sum(nbytes for _, nbytes in batch)
+        yield Progress(done, total, tuple(fault for fault in found if fault is not None))
     # Once more: a write may have been between its file and its row when the folder was read.
     unknown -= await catalog.known_files(unknown)
     strays = [file for file in sorted(unknown) if await offload(shelves.nbytes, file)]
@@ -121,19 +134,47 @@ async def verify(catalog: Catalog, shelves: Shelves) -> AsyncIterator[Progress]:
     )
 
 
+def _batches(sizes: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Yield runs with the bytes of their files, as many as may be looked at in one go."""
+    batch: list[tuple[int, int]] = []
+    room = BATCH_NBYTES
+    for run_id, nbytes in sizes:
+        if batch and (len(batch) == BATCH_RUNS or nbytes > room):
+            yield batch
+            batch, room = [], BATCH_NBYTES
+        batch.append((run_id, nbytes))
+        room -= nbytes
+    if batch:
+        yield batch
+
+
+def _bad_ones(shelves: Shelves, records: Sequence[RunRecord]) -> list[int]:
+    """Return the runs whose file is not the one that the row means. Blocks."""
+    return [
+        record.run.id
+        for record in records
+        if record.run.file is not None and _detail(shelves, record, record.run.file) is not None
+    ]
+
+
+def _detail(shelves: Shelves, record: RunRecord, file: str) -> str | None:
+    """Return what is wrong with the file of a run, in words. Blocks."""
+    expected = expected_of(record.run, record.identity)
+    try:
+        path = shelves.folder.of(file)
+        header = verify_file(shelves.disk, path, run_id=record.run.id, expected=expected)
+    except SnapshotDamaged as error:
+        return str(error)
+    return _difference(record, header)
+
+
 async def _fault_of(catalog: Catalog, shelves: Shelves, run_id: int) -> Fault | None:
     """Return what is wrong with a run's file; None, too, if it lost its file meanwhile."""
     record = await catalog.record(run_id)
     if record is None or record.run.file is None:
         return None
-    run, file = record.run, record.run.file
-    expected = expected_of(run, record.identity)
-    try:
-        path = shelves.folder.of(file)
-        header = await offload(verify_file, shelves.disk, path, run_id=run_id, expected=expected)
-        detail = _difference(record, header)
-    except SnapshotDamaged as error:
-        detail = str(error)
+    file = record.run.file
+    detail = await offload(_detail, shelves, record, file)
     if detail is None:
         return None
     again = await catalog.record(run_id)
@@ -231,6 +272,8 @@ async def _end_expired(work: Upkeep) -> UpkeepReport:
             else:
                 continue
             report = report.plus(replace(await work.remove(files or []), expired=1))
+    async with work.change:
+        await work.catalog.forget_reset()
     return report
 
 

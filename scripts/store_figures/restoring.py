@@ -28,14 +28,16 @@ async def long_conversation(
     """Store a conversation, then bring it back in every way, `rounds` times each."""
     async with running(folder, model, ram_budget=1 << 33) as here:
         ids = np.random.default_rng(1).integers(10, 1000, num_tokens).astype(np.uint32)
-        await _prefill(here, ids)
-        await _write(here, ids)
+        prefilled_s = await _timed(partial(_prefill, here, ids))
+        written_s = await _timed(partial(_write, here, ids))
         path = await here.store.walk(NAMESPACE, ids)
         assert path.num_tokens == len(ids)
         nbytes = sum(segment.nbytes for segment in path.segments)
         files = _files(folder)
         rows: list[Row] = [
-            ("state", f"{num_tokens} tokens, {nbytes / 1e6:.0f} MB in {len(files)} file(s)")
+            ("state", f"{num_tokens} tokens, {nbytes / 1e6:.0f} MB in {len(files)} file(s)"),
+            ("computing it", f"{prefilled_s:.1f} s"),
+            ("writing it, durable", _speed(nbytes, written_s)),
         ]
 
         async def plain() -> None:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from kvserve.store import catalog_repair
 from kvserve.store.catalog import Catalog
 from kvserve.store.runs import Found, NewRun
 from tests.catalog_fixtures import (
@@ -120,11 +121,17 @@ DAMAGES = {
 }
 
 
+@pytest.mark.parametrize("at_a_time", [1, 500])
 @pytest.mark.parametrize("statement", DAMAGES)
-def test_what_is_wrong_in_the_index_is_said(statement: str) -> None:
+def test_what_is_wrong_in_the_index_is_said(
+    statement: str, at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog_repair, "_CHUNK", at_a_time)
+
     async def scenario() -> None:
         async with temporary() as catalog:
             await three(catalog)
+            assert await catalog.check() == []
             async with catalog.database.engines[1].connect() as connection:
                 await connection.exec_driver_sql("COMMIT")
                 await connection.exec_driver_sql("PRAGMA foreign_keys = OFF")

@@ -148,6 +148,26 @@ async def test_deleting_leaves_what_another_wrote_as_cache(catalog: Catalog) -> 
 
 
 @on_catalog
+async def test_a_conversation_that_was_reset_keeps_its_name_only_and_nothing_from_eviction(
+    catalog: Catalog,
+) -> None:
+    (old,) = await turn(catalog, "a", [1, 2, 3], saved=True, pinned=True, title="t")
+    assert await may_go(catalog) == []
+    await catalog.reset("t", "a")
+    await catalog.reset("t", "unknown")
+    (head,) = await catalog.heads()
+    assert (head.num_messages, head.num_tokens, head.saved, head.title) == (0, 0, False, None)
+    assert await may_go(catalog) == [old]
+    await turn(catalog, "a", [4, 5])
+    await catalog.forget_reset()
+    assert sorted(await catalog.delete("t", "a") or ()) == ["a-0-2", "a-0-3"]
+    await turn(catalog, "b", [6])
+    await catalog.reset("t", "b")
+    await catalog.forget_reset()
+    assert await catalog.heads() == []
+
+
+@on_catalog
 async def test_old_unused_runs_are_collected_by_their_age(catalog: Catalog) -> None:
     await turn(catalog, "a", [1, 1])
     await turn(catalog, "a", [2, 2, 2], now=NOW + SECOND)

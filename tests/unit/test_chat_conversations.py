@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -229,7 +229,8 @@ def test_a_user_message_is_compared_exactly_and_reasoning_is_forgiven() -> None:
 def test_a_durable_conversation_goes_back_to_being_a_head() -> None:
     book = ConversationBook(max_conversations=1)
     book.put(held("a", "b", id_="1"))
-    book.mark_durable(("", "1"))
+    book.mark_durable(("", "1"), held("a", "b", id_="1").head)
+    book.touch(("", "1"), NOW + timedelta(hours=1))  # the disk learns of uses later
     assert [gone.id for gone in book.put(held("c", "d", id_="2"))] == ["1"]
     assert book.find("", "1") is None and book.head("", "1") is not None
     found = book.continued_by("", SPACE, identity_chain(chat("a", "b", "x")))
@@ -238,6 +239,40 @@ def test_a_durable_conversation_goes_back_to_being_a_head() -> None:
     book.revise(("", "1"), pinned=True, title="kept")
     head = book.head("", "1")
     assert head is not None and head.pinned and head.title == "kept"
+    book.check()
+
+
+def test_bodies_that_the_disk_has_leave_before_older_ones_that_it_has_not() -> None:
+    book = ConversationBook(max_conversations=4)
+    for id_ in ("never", "moved on", "pinned since", "clean"):
+        record = held("a", "b", id_=id_)
+        book.put(record)
+        if id_ != "never":
+            book.mark_durable(record.key, record.head)
+    book.put(held("a", "b", "c", "d", id_="moved on"))
+    book.revise(("", "pinned since"), pinned=True)
+    book.check()
+    assert [gone.id for gone in book.put(held("e", "f", id_="new"))] == ["clean"]
+    assert book.head("", "clean") is not None
+    book.check()
+
+
+def test_a_head_never_tells_of_more_than_can_be_had() -> None:
+    book = ConversationBook(max_conversations=1)
+    written = held("a", "b", id_="1")
+    book.put(written)
+    book.mark_durable(written.key, written.head)
+    book.put(held("a", "b", "c", "d", id_="1"))
+    assert [gone.id for gone in book.put(held("e", "f", id_="2"))] == ["1"]
+    assert book.find("", "1") is None and book.head("", "1") == written.head
+    found = book.continued_by("", SPACE, identity_chain(chat("a", "b", "c", "d", "x")))
+    assert found == written.head and book.is_durable(written.key)
+    book.check()
+    # A write of the older version that ends only now does not make the newer one durable.
+    book.put(held("a", "b", "c", "d", id_="1"))
+    book.mark_durable(written.key, written.head)
+    book.put(held("g", "h", id_="3"))
+    assert book.head("", "1") == written.head
     book.check()
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvserve.chat.archive import PersistMode
+from kvserve.chat.holdings import Holding, message_cuts
 from kvserve.core.errors import InvalidRequest, NotFound
+from kvserve.core.types import Cut
 from tests.unit.chat_house import House, durable_house, run
 
 
@@ -108,3 +112,32 @@ async def test_what_has_ended_is_neither_listed_nor_counted(tmp_path: Path) -> N
         assert page.items == () and page.totals["conversations"] == 0
         with pytest.raises(NotFound):
             await house.conversations.detail("", "c")
+
+
+class Counted(list[tuple[int, int, int]]):
+    """Ranges that count how often one of them is looked at."""
+
+    num_looks = 0
+
+    def __getitem__(self, at: Any) -> Any:
+        self.num_looks += 1
+        return super().__getitem__(at)
+
+    def __iter__(self) -> Any:
+        raise AssertionError("all of them are looked at for each message")
+
+
+@run
+async def test_the_cuts_of_a_long_chat_cost_no_square_of_its_messages() -> None:
+    house = House()
+    await house.say("Hi", conversation_id="c")
+    short = house.book.find("", "c")
+    assert short is not None
+    num = 2000
+    cuts = tuple(Cut(10 * at + 10, at) for at in range(num))
+    record = replace(short, roles=("user",) * num, cuts=cuts)
+    on_disk = Counted((10 * at, 10 * at + 10, 100) for at in range(0, num, 2))
+    found = message_cuts(record, Holding("disk", 0, 0, 5, [(0, 5, 20)], on_disk))
+    # Of the first one, half is in memory; of the others each second one is on disk.
+    assert [(cut.tier, cut.bytes) for cut in found] == [("disk", 100), ("none", 0)] * (num // 2)
+    assert on_disk.num_looks < 30 * num

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
+from kvserve.engine.fetch import Fetched
 from kvserve.store.segments import StoredPath, StoredSegment
 from tests.fakes import Tokens, random_tokens, running_engine
 from tests.unit.test_engine_disk import FakeDisk, answer
@@ -84,3 +85,25 @@ async def test_tokens_behind_a_fork_are_not_taken_from_the_other_branch(why: str
         for cut in (BRANCH - 5, BRANCH + 1, BRANCH + 30):
             await answer(engine, disk, [*branch[:cut], *random_tokens(20, seed=cut)])
             await answer(engine, disk, [*trunk[:cut], *random_tokens(20, seed=cut + 1)])
+
+
+async def test_what_was_read_for_a_path_that_memory_has_lost_is_not_joined_to_another() -> None:
+    disk = FakeDisk()
+    wanted = random_tokens(TRUNK, seed=1)
+    other = [*wanted[:100], *random_tokens(TRUNK, seed=2)]
+    async with running_engine(segment_tokens=64) as engine:
+        _, held = await answer(engine, disk, wanted)
+        await disk.save(engine, held[:-1])
+    async with running_engine(segment_tokens=512) as engine:
+        await answer(engine, disk, other)  # one segment, of which the first 100 tokens agree
+        disk.attach(engine)
+        assert engine._loop is not None and engine._loop.fetcher is not None
+        fetch = engine._loop.fetcher.fetch
+
+        def as_if_memory_had_held_more(path: StoredPath, at: int, limit: int) -> Fetched:
+            fetched = fetch(path, at, limit)
+            return replace(fetched, segments=[s for s in fetched.segments if s.spec.start >= 128])
+
+        engine._loop.fetcher.fetch = as_if_memory_had_held_more  # type: ignore[assignment, method-assign]
+        started, _ = await answer(engine, disk, [*held, 7, 8])  # its reply must be the true one
+        assert started.num_cached == 100

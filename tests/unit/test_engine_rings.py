@@ -237,3 +237,16 @@ async def test_a_call_that_raises_tells_its_caller_and_spares_the_loop() -> None
         with pytest.raises(ZeroDivisionError):
             await asyncio.wait_for(engine.call(lambda: 1 // 0), 10)
         assert engine.ready
+
+
+async def test_a_call_to_a_loop_that_dies_is_refused() -> None:
+    # A write that waits for its state would else hold the store's lock until the end.
+    def die() -> None:
+        raise Death
+
+    async with running_engine() as engine:
+        calls = [asyncio.ensure_future(engine.call(function)) for function in (die, list, list)]
+        ends = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
+        assert [type(end) for end in ends] == [NotReady] * 3
+        with pytest.raises(NotReady):
+            await engine.call(list)

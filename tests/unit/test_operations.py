@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
-from collections.abc import AsyncIterator, Callable, Sequence
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import event
 
 from kvserve.chat.archive import PersistMode
 from kvserve.chat.miss import KvSource
@@ -25,7 +29,6 @@ from kvserve.core.errors import (
     TooLarge,
 )
 from kvserve.store.disk import Disk, DiskUsage
-from kvserve.store.errors import IndexFailed
 from kvserve.store.guards import Limits
 from tests.unit.chat_fixtures import Info, chat
 from tests.unit.chat_house import SYSTEM, House, durable_house, run, text_of
@@ -43,6 +46,24 @@ def tokens_of(house: House, conversation_id: str) -> list[int]:
     assert found is not None
     ids: list[int] = found.token_ids.tolist()
     return ids
+
+
+@contextmanager
+def failing_index(house: House) -> Iterator[None]:
+    """Let every statement fail, as on a bad disk."""
+
+    def fail(*args: Any) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    assert house.store is not None
+    engines = [engine.sync_engine for engine in house.store.catalog.database.engines]
+    for engine in engines:
+        event.listen(engine, "before_cursor_execute", fail)
+    try:
+        yield
+    finally:
+        for engine in engines:
+            event.remove(engine, "before_cursor_execute", fail)
 
 
 def snapshots(folder: Path) -> list[Path]:
@@ -68,6 +89,31 @@ async def test_what_was_saved_is_there_after_a_restart(tmp_path: Path) -> None:
         turn = await house.say("Hi", "ok", "And?", "ok", "So?", conversation_id="c")
         assert (turn.kv, turn.miss_reason) == (KvSource.SNAPSHOT, None)
         assert turn.num_cached == len(tokens)
+
+
+@run
+async def test_what_is_written_behind_a_turn_is_held_until_then_and_no_longer(
+    tmp_path: Path,
+) -> None:
+    async with durable_house(tmp_path) as house:
+        await two_turns(house)
+        await house.written()
+        assert house.engine.num_leases == 0  # a held path would be the last to be evicted
+        store = house.store
+        assert store is not None
+        write, held = store.write, []
+
+        async def meanwhile_a_turn(*args: Any, **kwargs: Any) -> Any:
+            held.append(house.engine.num_leases)
+            if len(held) == 1:
+                await house.say("Hi", "ok", "And?", "ok", "So?", "ok", "Go on", conversation_id="c")
+            return await write(*args, **kwargs)
+
+        store.write = meanwhile_a_turn  # type: ignore[method-assign]
+        await house.say("Hi", "ok", "And?", "ok", "So?", conversation_id="c")
+        await house.written()
+        assert held == [2, 2]  # the write's own, and the waiting turn's
+        assert house.engine.num_leases == 0
 
 
 @run
@@ -497,17 +543,43 @@ async def test_an_index_that_cannot_be_read_costs_a_turn_its_history_and_no_more
     async with durable_house(tmp_path) as house:
         await two_turns(house)
     async with durable_house(tmp_path) as house:
-        assert house.store is not None
-        find = house.store.find
-
-        async def fails(*args: Any) -> None:
-            raise IndexFailed("locked")
-
-        house.store.find = fails  # type: ignore[assignment, method-assign]
-        turn = await house.say("Hi", "ok", "And?", "ok", "So?", conversation_id="c")
-        assert turn.kv is KvSource.FRESH and turn.num_cached > 0
-        house.store.find = find  # type: ignore[method-assign]
+        with failing_index(house):
+            turn = await house.say("Hi", "ok", "And?", "ok", "So?", conversation_id="c")
+            assert (turn.kv, turn.num_cached) == (KvSource.FRESH, 0)
+            await house.say("Hi", conversation_id="unheard-of")
+            for order in (house.info("c"), house.conversations.save("", "c", title=None)):
+                with pytest.raises(RequestFailed):
+                    await order
         assert (await house.info("c")).messages == 7
+        with failing_index(house):
+            await house.archive.close()  # a server that ends: logged, and no traceback
+
+
+@run
+async def test_a_path_that_gave_wrong_replies_is_not_read_again_while_it_is_taken_away(
+    tmp_path: Path,
+) -> None:
+    async with durable_house(tmp_path) as house:
+        await two_turns(house)
+        record = house.book.find("", "c")
+        assert record is not None
+    async with durable_house(tmp_path) as house:
+        store = house.store
+        assert store is not None
+        distrust, begun, go_on = store.distrust, asyncio.Event(), asyncio.Event()
+
+        async def slow(*path: Any) -> int:
+            begun.set()
+            await go_on.wait()
+            return await distrust(*path)
+
+        store.distrust = slow  # type: ignore[assignment, method-assign]
+        taking = asyncio.ensure_future(house.archive.distrust(record.namespace, record.token_ids))
+        await begun.wait()
+        turn = await house.say("Hi", "ok", "And?", "ok", "So?", conversation_id="c")
+        assert turn.num_cached == 0
+        go_on.set()
+        await taking
 
 
 # -- deleting ----------------------------------------------------------------------------------
@@ -524,6 +596,96 @@ async def test_what_is_deleted_stays_away(tmp_path: Path) -> None:
         assert snapshots(tmp_path) == []
     async with durable_house(tmp_path) as house:
         assert len(house.book) == 0
+
+
+@run
+async def test_a_reset_that_was_acknowledged_outlives_a_turn_that_never_ends(
+    tmp_path: Path,
+) -> None:
+    async with durable_house(tmp_path) as house:
+        await two_turns(house)
+        await house.conversations.save("", "c", title="Old")
+        files = snapshots(tmp_path)
+        await house.start("New", conversation_id="c", reset_conversation=True)
+        # The process ends here: nobody reads the turn, nobody closes it.
+    async with durable_house(tmp_path) as house:
+        assert len(house.book) == 0
+        await house.say("Hi", "ok", "And?", conversation_id="c")
+        await house.written()
+        info = await house.info("c")
+        assert (info.messages, info.saved, info.title) == (5, False, None)
+        assert snapshots(tmp_path) == files  # what it had computed is still of use
+        await house.conversations.delete("", "c")
+        assert snapshots(tmp_path) == []  # and goes with the name, whoever held that
+
+
+@run
+async def test_a_reset_that_the_disk_refuses_costs_no_turn(tmp_path: Path) -> None:
+    async with durable_house(tmp_path) as house:
+        await two_turns(house)
+        await house.written()
+        assert house.store is not None
+
+        async def fails(*args: Any) -> None:
+            raise RequestFailed("The disk failed.")
+
+        reset, house.store.reset = house.store.reset, fails  # type: ignore[assignment, method-assign]
+        turn = await house.say("New", conversation_id="c", reset_conversation=True)
+        assert turn.kv is KvSource.FRESH
+        await house.written()
+        house.store.reset = reset  # type: ignore[method-assign]
+    async with durable_house(tmp_path) as house:
+        assert (await house.info("c")).messages == 3
+
+
+@run
+async def test_a_turn_cancelled_while_its_reset_is_written_leaves_nothing_running(
+    tmp_path: Path,
+) -> None:
+    async with durable_house(tmp_path) as house:
+        await two_turns(house)
+        await house.written()
+        assert house.store is not None
+        writing = asyncio.Event()
+
+        async def waits(*args: Any) -> None:
+            writing.set()
+            await asyncio.Event().wait()
+
+        house.store.reset = waits  # type: ignore[assignment, method-assign]
+        turn = asyncio.create_task(house.start("New", conversation_id="c", reset_conversation=True))
+        await writing.wait()
+        turn.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await turn
+        assert house.engine.submitted[-1].num_closed == 1
+        await house.conversations.delete("", "c")
+        await house.written()
+        assert len(house.book) == 0
+
+
+@run
+async def test_a_delete_frees_memory_once_a_write_has_let_go_of_it(tmp_path: Path) -> None:
+    async with durable_house(tmp_path) as house:
+        assert house.store is not None
+        write, writing, go_on = house.store.write, asyncio.Event(), asyncio.Event()
+
+        async def slow(*args: Any, **kwargs: Any) -> Any:
+            writing.set()
+            await go_on.wait()
+            return await write(*args, **kwargs)
+
+        house.store.write = slow  # type: ignore[method-assign]
+        await two_turns(house)
+        await writing.wait()
+        deleting = asyncio.create_task(house.conversations.delete("", "c"))
+        await asyncio.sleep(0)
+        assert house.engine.num_leases == 1 and not house.cache.dropped
+        go_on.set()
+        await deleting
+        assert house.engine.num_leases == 0
+        assert house.cache.dropped == [(("conv", "", "c"), True)]
+        assert snapshots(tmp_path) == [] and len(house.book) == 0
 
 
 @run
@@ -592,6 +754,38 @@ async def test_an_import_never_replaces_a_conversation(tmp_path: Path) -> None:
                 await house.conversations.import_("", pieces(data), new_name=name, declared=None)
             assert raised.value.code == "id_taken"
         assert names(tmp_path / "imports") == []
+
+
+@run
+async def test_an_import_takes_the_place_of_what_has_expired(tmp_path: Path) -> None:
+    async with durable_house(tmp_path) as house:
+        await two_turns(house)
+        data = await exported(house)
+        house.book.revise(("", "c"), expires_at=house.tick())
+        await house.conversations.import_("", pieces(data), new_name=None, declared=None)
+        info = await house.info("c")
+        assert info.saved and info.expires_at is None
+
+
+@run
+async def test_a_rollback_that_fails_takes_no_flag_away_that_came_meanwhile(
+    tmp_path: Path,
+) -> None:
+    async with durable_house(tmp_path) as house:
+        await two_turns(house)
+        await house.written()
+        store = house.store
+        assert store is not None
+
+        async def fails(*args: Any) -> None:
+            house.book.revise(("", "c"), saved=True)  # as a save before it does
+            raise RequestFailed("The disk failed.")
+
+        store.put = fails  # type: ignore[assignment, method-assign]
+        with pytest.raises(RequestFailed):
+            await house.conversations.rollback("", "c", to_message=2, drop_turns=None)
+        info = await house.info("c")
+        assert (info.messages, info.saved) == (5, True)
 
 
 @run
@@ -678,6 +872,33 @@ async def test_a_disk_that_fills_while_it_receives_is_out_of_space(tmp_path: Pat
 
 
 @run
+async def test_a_disk_that_fails_while_it_receives_is_told_in_words(tmp_path: Path) -> None:
+    class Broken(Disk):
+        broken = ""
+
+        def create(self, path: Path) -> int:
+            if self.broken == "create":
+                raise OSError(errno.ENOSPC, "full")
+            return super().create(path)
+
+        def write_some(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+            if self.broken == "write":
+                raise OSError(errno.EIO, "broken")
+            return super().write_some(fd, buffers, offset)
+
+    disk = Broken()
+    async with durable_house(tmp_path, disk=disk) as house:
+        await two_turns(house)
+        data = await exported(house)
+        errors: dict[str, type[KvserveError]] = {"create": OutOfSpace, "write": RequestFailed}
+        for disk.broken, error in errors.items():
+            with pytest.raises(error, match="disk"):
+                await house.conversations.import_("", pieces(data), new_name="d", declared=None)
+            disk.broken = ""
+            assert names(tmp_path / "imports") == []
+
+
+@run
 async def test_an_export_of_damaged_files_says_so(tmp_path: Path) -> None:
     async with durable_house(tmp_path) as house:
         await two_turns(house)
@@ -688,6 +909,30 @@ async def test_an_export_of_damaged_files_says_so(tmp_path: Path) -> None:
         data = await exported(house)  # written again from memory
     async with durable_house(tmp_path / "b") as house:
         await house.conversations.import_("", pieces(data), new_name=None, declared=None)
+
+
+@run
+async def test_an_export_during_a_turn_is_of_one_moment(tmp_path: Path) -> None:
+    async with durable_house(tmp_path) as house:
+        await two_turns(house)
+        await house.written()
+        store = house.store
+        assert store is not None
+        database = store.catalog.database
+        read = database.read
+
+        async def then_a_turn_is_written(work: Callable[..., Any]) -> Any:
+            result = await read(work)
+            database.read = read  # type: ignore[method-assign]
+            await house.say("Hi", "ok", "And?", "ok", "So?", conversation_id="c")
+            await house.written()
+            return result
+
+        num_tokens = len(tokens_of(house, "c"))
+        database.read = then_a_turn_is_written  # type: ignore[method-assign]
+        export = await store.export("", "c")
+        assert export.header.end == num_tokens < len(tokens_of(house, "c"))
+        assert sum([len(block) async for block in export]) == export.nbytes
 
 
 @run

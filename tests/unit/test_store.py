@@ -17,6 +17,7 @@ from kvserve.core.errors import OutOfSpace, TooLarge
 from kvserve.store.disk import Disk, DiskUsage
 from kvserve.store.errors import SnapshotDamaged, SourceGone, StoreLocked
 from kvserve.store.guards import Limits
+from kvserve.store.snapshot import read_header, write_snapshot
 from kvserve.store.store import Store
 from tests.store_fakes import (
     IDENTITY,
@@ -24,6 +25,7 @@ from tests.store_fakes import (
     NOW,
     TOKEN_NBYTES,
     Clock,
+    FakeSource,
     conversation,
     ids,
     readable,
@@ -102,6 +104,27 @@ def test_a_turn_writes_its_new_tokens_only(tmp_path: Path) -> None:
             assert await readable(store, prompt) == 4000
             again = await write(store, conversation("c", prompt), by_order=True)
             assert again.nbytes == 0 and again.num_files == 0
+
+    run(scenario)
+
+
+def test_other_state_under_the_name_of_a_run_is_not_read(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path) as store:
+            prompt, other = tokens(1, 100), tokens(2, 100)
+            await write(store, conversation("c", prompt))
+            (file,) = files_in(tmp_path)
+            # As by one who found tokens of his own with the same key.
+            await write_snapshot(
+                Disk(),
+                replace(read_header(Disk(), file), digests=()),
+                FakeSource(NAMESPACE, other, 0, 100),
+                target=file,
+                drafts=tmp_path,
+            )
+            path = await store.walk(NAMESPACE, prompt)
+            with pytest.raises(SnapshotDamaged, match="foreign"):
+                store.read(path.segments)
 
     run(scenario)
 
@@ -245,6 +268,29 @@ def test_the_budget_evicts_the_stalest_and_never_what_is_saved_or_pinned(tmp_pat
             assert held[:2] == [100, 100] and held[2] == 0 and held[7] == 100
             assert store.stats()["evicted"] == held.count(0)
             assert len(await store.heads()) == 8  # transcripts stay
+            assert await faults(store) == []
+
+    run(scenario)
+
+
+def test_a_write_whose_room_takes_rows_of_its_path_along_comes_to_pass(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        limits = Limits(store_nbytes=330 * TOKEN_NBYTES, disk_share=1.0)
+        async with opened(tmp_path, limits=limits) as store:
+            prompt = tokens(1, 200)
+            await write(store, conversation("left", prompt[:100]))
+            (file,) = files_in(tmp_path)
+            await write(store, conversation("left", prompt))
+            await write(store, conversation("left", tokens(2, 50)))
+            file.write_bytes(file.read_bytes()[:-1])
+            path = await store.walk(NAMESPACE, prompt)
+            await store.quarantine(path.segments[0].run_id, "damaged")
+            # Its first tokens are those of a run without a file, which is there for the one below
+            # it, which has to go.
+            stored = conversation("new", ids([*prompt[:60], *tokens(3, 160)]))
+            await write(store, stored, by_order=True)
+            assert store.stats()["evicted"] > 0
+            assert await readable(store, stored.token_ids) == 220
             assert await faults(store) == []
 
     run(scenario)

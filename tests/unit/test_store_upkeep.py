@@ -6,30 +6,39 @@ import asyncio
 import logging
 import os
 import shutil
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlalchemy import Connection
 
+from kvserve.core.errors import TooLarge
+from kvserve.store import snapshot_header
+from kvserve.store.catalog_conversations import get_root, put
+from kvserve.store.catalog_runs import add_run
+from kvserve.store.disk import Disk
 from kvserve.store.errors import SnapshotDamaged, StoreError
 from kvserve.store.guards import Limits
+from kvserve.store.runs import NewRun
 from kvserve.store.segments import PackedSegment
 from kvserve.store.store import Store
 from kvserve.store.transfer import Staged
 from kvserve.store.upkeep import UpkeepReport
+from kvserve.store.writing import file_name
+from tests.catalog_fixtures import content
 from tests.store_fakes import (
     IDENTITY,
     NAMESPACE,
     NOW,
     Clock,
     conversation,
+    ids,
     readable,
     source_of,
     write,
 )
-from tests.unit.test_store import ROOMY, faults, files_in, opened, run, tokens
+from tests.unit.test_store import faults, files_in, opened, run, tokens
 
 PROMPT = tokens(1, 90)
 
@@ -283,16 +292,57 @@ def test_a_folder_that_cannot_be_used_is_refused_in_words(tmp_path: Path) -> Non
     run(scenario)
 
 
-def test_ten_thousand_conversations_open_at_once(tmp_path: Path) -> None:
-    """Counted, not timed: opening lists no folder of snapshots and opens no file of them."""
+class LookingDisk(Disk):
+    """Notes the files and folders that were looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Path] = set()
+
+    def open(self, path: Path) -> int:
+        self.seen.add(path)
+        return super().open(path)
+
+    def names(self, folder: Path) -> list[str]:
+        self.seen.add(folder)
+        return super().names(folder)
+
+    def size_of(self, path: Path) -> int:
+        self.seen.add(path)
+        return super().size_of(path)
+
+
+def test_two_thousand_conversations_open_without_a_look_at_their_snapshots(
+    tmp_path: Path,
+) -> None:
+    prompts = [ids([number, *range(40)]) for number in range(2000)]
+
+    def rows(connection: Connection) -> None:
+        root_id = get_root(connection, IDENTITY, NAMESPACE)
+        for number, prompt in enumerate(prompts):
+            key = number.to_bytes(16, "big")
+            new = NewRun(
+                start=0,
+                tokens=prompt,
+                key=key,
+                content=content(file_name(key, 0), 0, len(prompt)),
+            )
+            add_run(connection, root_id, None, new, writer_id=None, now=NOW)
+            put(connection, root_id, conversation(f"c{number}", prompt))
 
     async def scenario() -> None:
         async with opened(tmp_path) as store:
-            await three_turns(store)
-        shutil.rmtree(tmp_path / "snapshots")  # nobody looks
-        async with opened(tmp_path) as store:
-            assert len(await store.heads()) == 1
-            assert (await store.walk(NAMESPACE, PROMPT)).num_tokens == 90
+            await store.catalog.database.write(rows)
+            folder = store.folder
+        disk = LookingDisk()
+        async with opened(tmp_path, disk=disk) as store:
+            assert len(await store.heads()) == 2000
+            assert (await store.walk(NAMESPACE, prompts[7])).num_tokens == 41
+            assert store.stats()["files"] == 2000
+            assert disk.seen == {folder.drafts, folder.imports}
+            with pytest.raises(SnapshotDamaged, match="missing"):
+                store.read((await store.walk(NAMESPACE, prompts[7])).segments)
+            assert disk.seen > {folder.drafts, folder.imports}
 
     run(scenario)
 
@@ -338,6 +388,32 @@ def test_an_exported_conversation_is_the_same_elsewhere(tmp_path: Path) -> None:
             for position, row in zip(range(start, end), keys.reshape(end - start, -1), strict=True):
                 rows[position] = row.tobytes()
         return b"".join(rows[position] for position in range(length))
+
+    run(scenario)
+
+
+def test_what_is_too_long_for_one_file_is_refused_with_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path) as store:
+            await three_turns(store)
+            files, heads = files_in(tmp_path), await store.heads()
+            longest = max(read_header_nbytes(file) for file in files)
+            # Each turn is within it, all of them in one file are not.
+            monkeypatch.setattr(snapshot_header, "MAX_HEADER_NBYTES", longest)
+            with pytest.raises(TooLarge, match=f"90 tokens .* {longest} bytes") as caught:
+                await store.export("a", "c")
+            assert caught.value.code == "conversation_too_large"
+            with pytest.raises(TooLarge, match=f"400 tokens .* {longest} bytes") as caught:
+                await write(store, conversation("d", tokens(7, 400)))
+            assert caught.value.code == "conversation_too_large"
+            assert store.stats()["refused"] == 1
+            assert files_in(tmp_path) == files and await store.heads() == heads
+            assert await faults(store) == []
+
+    def read_header_nbytes(file: Path) -> int:
+        return int.from_bytes(file.read_bytes()[:8], "little")
 
     run(scenario)
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvserve.store.carried import carry, unpack
+from kvserve.store.carried import MAX_MESSAGES, carry, unpack
 from kvserve.store.disk import Disk
 from kvserve.store.errors import SnapshotDamaged
 from kvserve.store.records import ConversationHead, StoredConversation, StoredMessage
@@ -244,6 +246,37 @@ def test_a_refused_import_leaves_no_file_open(tmp_path: Path) -> None:
     asyncio.run(refuse())
 
 
+def test_verifying_an_upload_ends_soon_after_its_sender_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(Disk):
+        def read_some(self, fd: int, buffer: memoryview, offset: int) -> int:
+            reads.append(offset)
+            if len(reads) == 3:  # the header is read in two pieces
+                begun.set()
+                time.sleep(0.05)
+            return super().read_some(fd, buffer, offset)
+
+    reads: list[int] = []
+    begun = threading.Event()
+    monkeypatch.setattr("kvserve.store.transfer.AT_ONCE_NBYTES", 1)
+
+    async def leave() -> None:
+        path = stage(tmp_path, await exported(tmp_path))
+        async with Staged(Slow(), path):
+            whole = len(reads)
+        reads.clear()
+        begun.clear()
+        entering = asyncio.ensure_future(Staged(Slow(), path).__aenter__())
+        await asyncio.to_thread(begun.wait)
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        assert len(reads) < whole - 1
+
+    asyncio.run(leave())
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.7, 0.999])
 def test_a_part_of_a_file_is_refused(tmp_path: Path, share: float) -> None:
     async def cut() -> None:
@@ -312,6 +345,15 @@ def test_a_forged_header_is_refused_whatever_its_digest(
 def test_an_unchanged_header_signed_again_is_taken(tmp_path: Path) -> None:
     raw = asyncio.run(exported(tmp_path))
     assert resigned(raw) == raw
+
+
+def test_a_record_of_more_messages_than_a_request_may_hold_is_refused() -> None:
+    record = carry(conversation(40))
+    record["messages"] = record["messages"][:1] * MAX_MESSAGES
+    assert len(unpack(record, 40).messages) == MAX_MESSAGES
+    record["messages"].append(record["messages"][0])
+    with pytest.raises(ValueError, match="messages"):
+        unpack(record, 40)
 
 
 def test_messages_end_in_order() -> None:
