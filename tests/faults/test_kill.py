@@ -115,7 +115,7 @@ def test_nothing_acknowledged_is_lost_to_kill_9(tmp_path: Path) -> None:
         tally.kills += 1
         if tally.kills % VERIFY_EVERY == 0 or tally.kills == KILLS:
             audit(data_dir, tally)
-    print(tally)
+            print(tally, flush=True)
     assert not tally.faults, tally
     assert tally.checked_replies > 0
     assert sum(tally.interrupted.values()) > 0 or KILLS < 20
