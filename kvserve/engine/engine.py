@@ -22,9 +22,10 @@ from kvserve.cache.leases import Lease
 from kvserve.cache.segments import SegmentCache
 from kvserve.core.errors import ContextTooLong, InvalidRequest, NotReady, QueueFull
 from kvserve.core.types import Event, Finished, GenerationRequest, TokenIds
+from kvserve.engine.commands import FAILURE, Call, Cancel, Cancelled, Command, Stop
 from kvserve.engine.exports import held_sources
 from kvserve.engine.fetch import Fetcher, Read
-from kvserve.engine.loop import FAILURE, Call, Cancel, Cancelled, Command, EngineLoop, Stop
+from kvserve.engine.loop import EngineLoop
 from kvserve.engine.memory import default_budget
 from kvserve.engine.model import LoadedModel, ModelInfo
 from kvserve.engine.run import Run

@@ -16,7 +16,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +25,9 @@ from kvserve.cache.codec import arrays_of
 from kvserve.cache.plan import chunk_end
 from kvserve.core.errors import KvserveError, NotReady, RequestFailed
 from kvserve.core.types import Finished, FinishReason, Started, TextPiece
-from kvserve.engine.fetch import Fetched, Fetcher
+from kvserve.engine.commands import FAILURE, Arrived, Call, Cancel, Cancelled, Command, Stop
+from kvserve.engine.counters import Counters
+from kvserve.engine.fetch import Fetcher
 from kvserve.engine.line import Line
 from kvserve.engine.model import LoadedModel
 from kvserve.engine.run import Run
@@ -40,61 +42,6 @@ log = logging.getLogger(__name__)
 FULL_LOGITS_TOKENS = 64
 """A last chunk up to this long goes through in one pass, logits for all its tokens included; a
 longer one leaves its last token for a pass of its own, since a wide output layer is dear."""
-
-
-FAILURE = "The engine has failed; the server must be restarted."
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """Ask the loop to give up a run; what it has computed is kept."""
-
-    run: Run
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Ask the loop to call a function on its thread; `refuse` is told why it never will."""
-
-    function: Callable[[], None]
-    refuse: Callable[[str], None] = lambda why: None
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """Tell the loop that what the disk holds of a run's prompt has been read."""
-
-    run: Run
-    fetched: Fetched
-
-
-class Cancelled(Exception):
-    """The last event of a run that was given up; nobody waits for more."""
-
-
-class Stop:
-    """Ask the loop to end."""
-
-
-Command = Run | Cancel | Call | Arrived | Stop
-
-
-@dataclass(slots=True)
-class Counters:
-    """Running totals since start; written by the engine thread, read by any."""
-
-    requests: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    cached_tokens: int = 0
-    cached_tokens_from_disk: int = 0
-    prefilled_tokens: int = 0
-    decoded_tokens: int = 0
-    decode_steps: int = 0
-    preempted: int = 0
-    recovered_batches: int = 0
-    longest_chunk_s: float = 0.0
 
 
 class EngineLoop:

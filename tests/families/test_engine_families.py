@@ -17,7 +17,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from kvserve.core.types import Cut, Event, Finished, GenerationRequest, Prompt, Started
-from kvserve.engine.loop import Cancel, Command, EngineLoop
+from kvserve.engine.commands import Cancel, Command
+from kvserve.engine.loop import EngineLoop
 from kvserve.engine.run import Run
 from kvserve.engine.scheduler import ChunkSizer
 from kvserve.engine.verify import Verifier
