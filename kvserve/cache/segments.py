@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
+from kvserve.cache.eviction import LeafOrder
 from kvserve.cache.leases import Lease, PathUsage
 from kvserve.cache.plan import Traits
-from kvserve.cache.policy import SAMPLED_TOKENS, Ageing, EvictionQueue, Order, sample_keys
 from kvserve.cache.tree import (
     Node,
     Payload,
@@ -65,13 +65,11 @@ class SegmentCache(Generic[P]):
         self._trees: dict[bytes, Tree[P]] = {}
         self._names: dict[Hashable, Node[P]] = {}
         self._turns: dict[Hashable, int] = {}  # outlive eviction, until the name is unbound
-        self._ageing = Ageing(budget_nbytes)
-        self._leaves: EvictionQueue[Node[P]] = EvictionQueue()
+        self._leaves: LeafOrder[P] = LeafOrder(budget_nbytes)
         self._yielding: dict[Lease[P], None] = {}  # oldest first
         self._dropped: list[P] = []
         self._stored_nbytes = self._num_segments = self._num_tokens = 0
         self._reserved_nbytes = 0
-        self._tick = 0
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -149,7 +147,7 @@ class SegmentCache(Generic[P]):
         with self._lock:
             tree = self._trees[namespace] = self._tree(namespace)
             node, matched = tree.walk(token_ids)
-            self._touch(node)
+            self._leaves.touch(node)
             if matched == end and self._is_served(node, end, with_state):
                 return end
             if matched < node.end:
@@ -273,7 +271,7 @@ class SegmentCache(Generic[P]):
             self._names[name] = node
             if node.end == len(token_ids):  # else it is what others share
                 node.num_turns = max(node.num_turns, self._turns[name])
-                self._touch(node)
+                self._leaves.touch(node)
 
     def unbind(self, name: Hashable, *, drop: bool) -> None:
         """Forget a reference; with `drop` also free the segments that only it used."""
@@ -301,17 +299,11 @@ class SegmentCache(Generic[P]):
             doomed = [] if top is None else [top]
             for node in doomed:
                 doomed.extend(node.children.values())
-                assert node.payload is not None
-                self._stored_nbytes -= node.payload.nbytes
-                self._num_segments -= 1
                 num_tokens += len(node.tokens)
-                self._dropped.append(node.payload)
-                node.payload = None
-                self._leaves.discard(node)
+                self._lay_aside(node)
                 for name in node.names:
                     del self._names[name]
                 node.names = set()
-            self._num_tokens -= num_tokens
             self._close(tree.root)
         self.bury()
         return num_tokens
@@ -392,8 +384,8 @@ class SegmentCache(Generic[P]):
             assert node.parent is not None
             node = node.parent
         if not yielding:
-            self._touch(node)
-            self._reuse(node)
+            self._leaves.touch(node)
+            self._leaves.reuse(node)
         return self._hold(tree, node, position, yielding)
 
     def _hold(self, tree: Tree[P], node: Node[P], position: int, yielding: bool) -> Lease[P]:
@@ -411,27 +403,13 @@ class SegmentCache(Generic[P]):
         node = lease.node
         assert node.leases > 0
         node.leases -= 1
-        self._offer(node)
+        self._leaves.offer(node)
         self._close(node)
 
     def _close(self, root: Node[P]) -> None:
         """Forget an empty tree: there may be a namespace for each request."""
         if root.is_root and not root.children and not root.leases:
             self._trees = {key: tree for key, tree in self._trees.items() if tree.root is not root}
-
-    def _touch(self, node: Node[P]) -> None:
-        """Note a use. Only leaves are evicted, so those above learn of it in `_remove`."""
-        self._tick += 1
-        node.used = self._tick
-        node.rank = max(node.rank, self._ageing.rank(node.num_turns))
-
-    def _reuse(self, node: Node[P]) -> None:
-        """Note that a request found this path."""
-        step: Node[P] | None = node
-        while step is not None and step.payload is not None and not step.reused:
-            step.reused = True
-            self._ageing.reused(step.payload.nbytes)
-            step = step.parent
 
     def _is_served(self, node: Node[P], end: int, with_state: bool) -> bool:
         """Whether a state at `end` is already held, or is not wanted there."""
@@ -477,13 +455,12 @@ class SegmentCache(Generic[P]):
             num_turns = 1 if node.children else node.num_turns
             node = tree.add(node, tokens, payload)
             node.num_turns = num_turns
-            for key in _keys(node):
-                node.reused |= self._ageing.added(key)
+            self._leaves.added(node)
             self._counts[counter] += len(tokens)
             self._num_segments += 1
             self._num_tokens += len(tokens)
-        self._touch(node)
-        self._offer(node)
+        self._leaves.touch(node)
+        self._leaves.offer(node)
         return True
 
     def _adopt(self, tree: Tree[P], token_ids: TokenIds, start: int, payload: P) -> Node[P] | None:
@@ -505,7 +482,7 @@ class SegmentCache(Generic[P]):
                 assert node.payload is not None
                 if (node.start, node.end) == (start, end) and _is_better(payload, node.payload):
                     self._store(tree, node, token_ids[start:], payload, True, "adopted_tokens")
-                self._touch(node)
+                self._leaves.touch(node)
                 return node
             tokens = token_ids[matched:]
             if not self._store(tree, node, tokens, payload, False, "adopted_tokens"):
@@ -516,7 +493,7 @@ class SegmentCache(Generic[P]):
 
     def _make_room(self, nbytes: int) -> bool:
         while self._stored_nbytes + self._reserved_nbytes + nbytes > self.budget_nbytes:
-            victim = self._leaves.pop(self._order)
+            victim = self._leaves.next_victim()
             if victim is None and self._yielding:
                 self._release(next(iter(self._yielding)))
                 self._counts["revoked"] += 1
@@ -525,35 +502,15 @@ class SegmentCache(Generic[P]):
                 return False
             self._counts["evicted"] += 1
             self._counts["evicted_tokens"] += len(victim.tokens)
-            assert victim.payload is not None
-            sampled_nbytes = victim.payload.nbytes * SAMPLED_TOKENS // len(victim.tokens)
-            for key in _keys(victim):
-                self._ageing.evicted(key, sampled_nbytes)
             self._remove(victim)
         return True
-
-    def _order(self, node: Node[P]) -> Order | None:
-        """Return the place in the order of a leaf that may be evicted, None for anything else."""
-        if node.children or node.leases or node.payload is None:
-            return None
-        return node.rank, node.used
-
-    def _offer(self, node: Node[P]) -> None:
-        order = self._order(node)
-        if order is not None:
-            self._leaves.push(node, order)
 
     def _remove(self, node: Node[P]) -> None:
         """Take a leaf out; its references move to its parent."""
         parent = node.parent
-        assert parent is not None and node.payload is not None
+        assert parent is not None
         del parent.children[int(node.tokens[0])]
-        self._stored_nbytes -= node.payload.nbytes
-        self._num_segments -= 1
-        self._num_tokens -= len(node.tokens)
-        self._dropped.append(node.payload)
-        node.payload = None
-        self._leaves.discard(node)
+        self._lay_aside(node)
         for name in node.names:
             if parent.is_root:
                 del self._names[name]
@@ -561,20 +518,24 @@ class SegmentCache(Generic[P]):
                 parent.names.add(name)
                 self._names[name] = parent
         node.names = set()
-        parent.used = max(parent.used, node.used)
-        parent.rank = max(parent.rank, node.rank)
-        self._offer(parent)
+        self._leaves.pass_on(node, parent)
         self._close(parent)
+
+    def _lay_aside(self, node: Node[P]) -> None:
+        """Count a node's payload out, to be freed in `bury`."""
+        assert node.payload is not None
+        self._stored_nbytes -= node.payload.nbytes
+        self._num_segments -= 1
+        self._num_tokens -= len(node.tokens)
+        self._dropped.append(node.payload)
+        node.payload = None
+        self._leaves.discard(node)
 
     def _unbind(self, name: Hashable) -> Node[P] | None:
         node = self._names.pop(name, None)
         if node is not None:
             node.names.discard(name)
         return node
-
-
-def _keys(node: Node[Any]) -> list[int]:
-    return sample_keys(node.start, node.data)
 
 
 def _is_dropped(node: Node[Any]) -> bool:

@@ -14,7 +14,7 @@ LAYERS = ["cli", "app", "config", "api", "chat", "engine", "cache", "store", "co
 PURE = {
     *("core.types", "core.errors", "core.identity", "chat.cuts", "chat.miss", "engine.scheduler"),
     *("chat.branching", "chat.holdings", "chat.records", "chat.refusals"),
-    *("cache.tree", "cache.policy", "cache.plan", "cache.stored"),
+    *("cache.tree", "cache.policy", "cache.eviction", "cache.plan", "cache.stored"),
     *("store.layout", "store.slicing", "store.snapshot_header", "store.guards"),
 }
 IMPURE = {"mlx", "mlx_lm", "time", "datetime", "threading", "asyncio", "os", "pathlib", "random"}
