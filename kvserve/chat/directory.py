@@ -152,31 +152,38 @@ class Directory:
         on_disk = await self._archive.disk_usage_of(keys)
         return {key: holding(in_memory.get(key), on_disk.get(key)) for key in keys}
 
+    def _info(self, head: ConversationHead, held: Holding, now: datetime) -> ConversationInfo:
+        return info_of(head, held, self._book.num_branches(head), now)
+
     def _usages(self, records: Sequence[Conversation]) -> dict[Key, PathUsage]:
         """Ask the cache, in a worker thread: it compares each conversation's tokens."""
         return {
             record.key: self._cache.usage(record.namespace, record.token_ids) for record in records
         }
 
-    def _info(self, head: ConversationHead, held: Holding, now: datetime) -> ConversationInfo:
-        pinned = is_pinned(head, now)
-        return ConversationInfo(
-            id=head.id,
-            title=head.title,
-            model=head.model,
-            tokens=head.num_tokens,
-            messages=head.num_messages,
-            bytes=held.nbytes,
-            shared_bytes=held.shared_nbytes,
-            tier=held.tier,
-            saved=head.saved,
-            pinned=pinned,
-            pinned_until=head.pinned_until if pinned else None,
-            branches=self._book.num_branches(head),
-            created_at=head.created_at,
-            used_at=head.used_at,
-            expires_at=head.expires_at or (head.pinned_until if pinned else None),
-        )
+
+def info_of(
+    head: ConversationHead, held: Holding, branches: int, now: datetime
+) -> ConversationInfo:
+    """Return what lists show of a conversation of which `held` is there now."""
+    pinned = is_pinned(head, now)
+    return ConversationInfo(
+        id=head.id,
+        title=head.title,
+        model=head.model,
+        tokens=head.num_tokens,
+        messages=head.num_messages,
+        bytes=held.nbytes,
+        shared_bytes=held.shared_nbytes,
+        tier=held.tier,
+        saved=head.saved,
+        pinned=pinned,
+        pinned_until=head.pinned_until if pinned else None,
+        branches=branches,
+        created_at=head.created_at,
+        used_at=head.used_at,
+        expires_at=head.expires_at or (head.pinned_until if pinned else None),
+    )
 
 
 def is_over(head: ConversationHead, now: datetime) -> bool:

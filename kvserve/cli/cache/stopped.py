@@ -7,10 +7,11 @@ id alone may mean several; then the person is asked to say whose.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from kvserve.chat.directory import is_pinned
+from kvserve.chat.directory import info_of
 from kvserve.chat.holdings import holding, message_cuts
 from kvserve.chat.records import from_stored
 from kvserve.cli.cache import words
@@ -164,26 +165,8 @@ def _stem(head: ConversationHead) -> tuple[str, bytes, bytes]:
 
 
 def _item(head: ConversationHead, usage: PathUsage | None, branches: int, now: datetime) -> Item:
-    held = holding(None, usage)
-    pinned = is_pinned(head, now)
-    return Item(
-        tenant=head.tenant,
-        id=head.id,
-        title=head.title,
-        model=head.model,
-        tokens=head.num_tokens,
-        messages=head.num_messages,
-        bytes=held.nbytes,
-        shared_bytes=held.shared_nbytes,
-        tier=held.tier,
-        saved=head.saved,
-        pinned=pinned,
-        pinned_until=head.pinned_until if pinned else None,
-        branches=branches,
-        created_at=head.created_at,
-        used_at=head.used_at,
-        expires_at=head.expires_at or (head.pinned_until if pinned else None),
-    )
+    info = info_of(head, holding(None, usage), branches, now)
+    return Item(tenant=head.tenant, **asdict(info))
 
 
 def _line(kin: Kin) -> Line:
