@@ -72,7 +72,7 @@ def measure(window: int, mean: int) -> None:
     """Print the time of a lookup with its plan; `mean` is that of a message's tokens."""
     random = np.random.default_rng(1)
     traits = Traits(reach=window)
-    cache: SegmentCache[Empty] = SegmentCache("model", traits, 1 << 40, lambda *_: 0)
+    cache: SegmentCache[Empty] = SegmentCache(traits, 1 << 40, lambda *_: 0)
     system = random.integers(0, 150_000, SYSTEM_TOKENS, dtype=np.uint32)
     longest = np.append(system, random.integers(0, 150_000, LONG_TOKENS, dtype=np.uint32))
     longest = longest[:LONG_TOKENS]

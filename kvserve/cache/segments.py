@@ -40,7 +40,6 @@ class SegmentCache(Generic[P]):
     """Segments of one model, by namespace.
 
     Args:
-        fingerprint: stands for the model in the key of whatever leaves this process.
         traits: what the model's layers demand.
         budget_nbytes: hard limit over segments and reservations.
         segment_nbytes: `(num_tokens, with_state) -> bytes`, what a payload will take; room is made
@@ -49,7 +48,6 @@ class SegmentCache(Generic[P]):
 
     def __init__(
         self,
-        fingerprint: str,
         traits: Traits,
         budget_nbytes: int,
         segment_nbytes: Callable[[int, bool], int],
@@ -57,7 +55,6 @@ class SegmentCache(Generic[P]):
     ) -> None:
         self.traits = traits
         self.budget_nbytes = budget_nbytes
-        self.fingerprint = fingerprint
         self._segment_nbytes = segment_nbytes
         self._on_drop = on_drop
         # By the namespace itself, not by a hash of it: callers choose a part of it (`cache_salt`),

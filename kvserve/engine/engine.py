@@ -304,7 +304,6 @@ class Engine:
                 model = replace(model, info=replace(model.info, caching=False, notes=notes))
             budget = settings.budget_nbytes or default_budget(model.weights_nbytes)
             self._cache = SegmentCache(
-                model.info.fingerprint,
                 model.traits,
                 budget,
                 model.footprint.segment,

@@ -63,7 +63,7 @@ class Driver:
     def __init__(self, model: LoadedModel, budget_nbytes: int = 1 << 30) -> None:
         self.model = model
         self.cache: SegmentCache[SegmentPayload] = SegmentCache(
-            model.info.fingerprint, model.traits, budget_nbytes, model.footprint.segment
+            model.traits, budget_nbytes, model.footprint.segment
         )
         self.working = WorkingCaches(model, self.cache, SEGMENT_TOKENS)
 

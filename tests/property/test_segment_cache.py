@@ -62,7 +62,7 @@ class CacheMachine(RuleBasedStateMachine):
     def start(self, budget: int) -> None:
         self.ample = budget == AMPLE
         self.cache: SegmentCache[Fake] = SegmentCache(
-            "model", Traits(self.kind.reach, self.kind.stateful), budget, self.kind.nbytes
+            Traits(self.kind.reach, self.kind.stateful), budget, self.kind.nbytes
         )
         self.published: dict[bytes, set[Tokens]] = {b"": set(), b"other": set()}
         self.leases: list[tuple[bytes, Tokens, Lease[Fake]]] = []
@@ -344,7 +344,7 @@ def test_any_history_leaves_the_cache_right(name: str) -> None:
 def test_lookups_and_drops_of_other_threads_leave_the_cache_right(name: str) -> None:
     kind = KINDS[name]
     traits = Traits(kind.reach, kind.stateful)
-    cache: SegmentCache[Fake] = SegmentCache("model", traits, 300, kind.nbytes)
+    cache: SegmentCache[Fake] = SegmentCache(traits, 300, kind.nbytes)
     random = np.random.default_rng(3)
     paths = [tuple(random.integers(0, 2, 24).tolist()) for _ in range(12)]
     failures: list[BaseException] = []

@@ -41,7 +41,7 @@ class Server:
 
     def __init__(self, num_blocks: int) -> None:
         self.cache: SegmentCache[Sized] = SegmentCache(
-            "model", Traits(0), num_blocks * BLOCK, lambda num_tokens, _: num_tokens
+            Traits(0), num_blocks * BLOCK, lambda num_tokens, _: num_tokens
         )
 
     def tokens(self, blocks: tuple[int, ...]) -> TokenIds:

@@ -33,7 +33,7 @@ class Cache:
     def __init__(self, kind: Kind = PLAIN, budget: int = 1000) -> None:
         self.kind = kind
         traits = Traits(kind.reach, kind.stateful)
-        self.segments: SegmentCache[Fake] = SegmentCache("m", traits, budget, kind.nbytes)
+        self.segments: SegmentCache[Fake] = SegmentCache(traits, budget, kind.nbytes)
 
     def put(self, text: str, namespace: bytes = b"", state: bool | None = None) -> int:
         work = Working(self.kind, namespace, codes(text), len(text))
